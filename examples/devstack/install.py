@@ -24,6 +24,7 @@ LIBS = STACK / "kafka" / "libs"
 LOCK = ROOT / "requirements-dev.lock"
 POM = Path(__file__).with_name("pom.xml")
 LEAST_JAVA = 17
+GET_JAVA = "Debian, Ubuntu: apt install openjdk-17-jre-headless; macOS: brew install openjdk@17"
 
 
 class InstallError(Exception):
@@ -38,8 +39,7 @@ def java_program() -> str:
     found = shutil.which("java")
     if found is None:
         raise InstallError(
-            f"Java {LEAST_JAVA} or newer is needed and there is no `java` on the PATH: install it "
-            f"(Debian, Ubuntu: apt install openjdk-{LEAST_JAVA}-jre-headless; macOS: brew install openjdk@{LEAST_JAVA})."
+            f"Java {LEAST_JAVA} or newer is needed and no `java` is on the PATH: install it ({GET_JAVA})."
         )
     return found
 
@@ -57,9 +57,8 @@ def check_java() -> str:
     major = int(version[2] or 0) if version[1] == "1" else int(version[1])
     if major < LEAST_JAVA:
         raise InstallError(
-            f"Java {LEAST_JAVA} or newer is needed and {java} is Java {major}: install a newer one "
-            f"(Debian, Ubuntu: apt install openjdk-{LEAST_JAVA}-jre-headless; macOS: brew install openjdk@{LEAST_JAVA}) "
-            "or set JAVA_HOME to one."
+            f"Java {LEAST_JAVA} or newer is needed and {java} is Java {major}: "
+            f"install a newer one ({GET_JAVA}) or set JAVA_HOME to one."
         )
     return java
 
@@ -165,9 +164,6 @@ def install_kafka() -> None:
 
 def main() -> int:
     """Install all; the exit code."""
-    if sys.version_info < (3, 11):
-        print("Python 3.11 or newer is needed: run make with PYTHON=/path/to/python3.11.", file=sys.stderr)
-        return 1
     STACK.mkdir(exist_ok=True)
     # Two at once (an editor's task and a terminal) would write into the same directories.
     with (STACK / "setup.lock").open("w") as guard:

@@ -1,9 +1,8 @@
-"""One Apache Kafka broker in KRaft mode (broker and controller in one process) with a directory of its own."""
+"""One Apache Kafka broker in KRaft mode, broker and controller in one process, in a directory of its own."""
 
 from __future__ import annotations
 
 import base64
-import json
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,18 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from devstack.install import LIBS, InstallError, java_program
-from devstack.processes import LOOPBACK, POLL_SECONDS, Child, ServerError, free_port, port_is_free, tail
+from devstack.processes import (
+    LOOPBACK,
+    POLL_SECONDS,
+    Child,
+    ServerError,
+    launch_command,
+    port_is_free,
+    port_of,
+    ports_before,
+    remember_ports,
+    tail,
+)
 
 START_SECONDS = 90.0
 STOP_SECONDS = 60.0
@@ -38,6 +48,9 @@ DEFAULT_PROPERTIES: Mapping[str, str] = {
     "group.initial.rebalance.delay.ms": "0",
     # A misspelt topic must fail, not appear.
     "auto.create.topics.enable": "false",
+    # How long a killed broker keeps its successor out. With the default, 9 s, a start after a kill took 12 s.
+    "broker.session.timeout.ms": "3000",
+    "broker.heartbeat.interval.ms": "500",
     # Of the heap; 128 MB by default.
     "log.cleaner.dedupe.buffer.size": str(16 * 1024 * 1024),
 }
@@ -45,7 +58,7 @@ DEFAULT_PROPERTIES: Mapping[str, str] = {
 JVM_OPTIONS: Sequence[str] = (
     "-Xms128m",
     "-Xmx512m",
-    # Starts sooner and leaves the cores to others; the broker's peak throughput is not what is looked for here.
+    # Starts sooner and leaves the cores to others, at the price of the broker's peak throughput.
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",
     "-XX:-UsePerfData",
@@ -55,7 +68,7 @@ JVM_OPTIONS: Sequence[str] = (
 
 
 def java_command(main_class: str, *arguments: str, jvm: Sequence[str] = ()) -> list[str]:
-    """The command that runs a class of Kafka's jars. Raises `ServerError` when Java or the jars are missing."""
+    """The command that runs a class of Kafka's jars; `ServerError` when Java or the jars are missing."""
     try:
         java = java_program()
     except InstallError as error:
@@ -103,13 +116,15 @@ class Kafka:
 
     - `directory`: gets `data/` (formatted on the first start), `server.properties` and `kafka.log`. A second
       object on the same directory serves the same data.
-    - `properties`: broker settings over `DEFAULT_PROPERTIES`; a dictionary of this object, read at each start.
+    - `properties`: broker settings over `DEFAULT_PROPERTIES`; a dictionary of this object, read at each
+      start.
     - `port`: None = the directory's port of before when it is free, else a free one; kept for the life of the
       object.
     - `jvm`: options of the Java machine in place of `JVM_OPTIONS`.
     - `tied`: False lets the broker outlive this process (`make up`).
 
-    As a context manager it starts, and stops in order at the end. Failures raise `ServerError` with the log's tail.
+    As a context manager it starts, and stops in order at the end. Failures raise `ServerError` with the end
+    of the log.
     """
 
     node = 1
@@ -129,9 +144,9 @@ class Kafka:
         self.settings = self.directory / "server.properties"
         self.properties = {**DEFAULT_PROPERTIES, **properties}
         self.jvm = tuple(jvm)
-        before = self._ports_before()
-        self.port = self._choose("broker", before) if port is None else port
-        self.controller_port = self._choose("controller", before)
+        before = ports_before(self.directory)
+        self.port = port_of("broker", before) if port is None else port
+        self.controller_port = port_of("controller", before)
         self._tied = tied
         self._child: Child | None = None
 
@@ -144,7 +159,7 @@ class Kafka:
     ) -> None:
         self.stop()
 
-    # --- what it is ---------------------------------------------------------------------------------------------
+    # --- what it is ------------------------------------------------------------------------------
 
     @property
     def running(self) -> bool:
@@ -168,13 +183,18 @@ class Kafka:
         """`host:port` for clients, whether it runs or not."""
         return f"{LOOPBACK}:{self.port}"
 
-    # --- start and stop -----------------------------------------------------------------------------------------
+    # --- start and stop --------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the broker and wait until it answers a metadata request; nothing happens when it runs already.
+        """Start the broker and wait until it answers a request; nothing happens when it runs already.
 
         The first start formats the storage. Raises `ServerError` when it ends or is not ready in 90 s.
         """
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """The first half of `start`: start the broker without waiting until it answers."""
         if self.running:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -188,15 +208,22 @@ class Kafka:
             tied=self._tied,
             death_signal=signal.SIGKILL,
         )
+
+    def wait_ready(self) -> None:
+        """The second half: wait for the first answer. A broker that fails is killed, then it raises."""
+        child = self.child
         try:
-            self._wait_ready()
+            self._poll(child)
         except BaseException:
-            self._child.stop(signal.SIGKILL)
+            child.stop(signal.SIGKILL)
             self._child = None
             raise
 
     def stop(self) -> None:
-        """Stop the broker in order and wait for its end; killed after 60 s. Nothing happens when it does not run."""
+        """Stop the broker in order and wait for its end; killed after 60 s.
+
+        Nothing happens when it does not run.
+        """
         child, self._child = self._child, None
         if child is not None:
             child.stop(signal.SIGTERM, seconds=STOP_SECONDS)
@@ -217,10 +244,11 @@ class Kafka:
 
         Raises `ServerError` with what it wrote when it fails or takes longer than `seconds`.
         """
-        command = java_command(main_class, *arguments, jvm=JVM_OPTIONS)
+        # Of the log, warnings alone, on standard error.
+        command = java_command(main_class, *arguments, jvm=(*JVM_OPTIONS, "-Ddevstack.level=WARN"))
         try:
             done = subprocess.run(
-                command,
+                launch_command(command, user=None, tied=True),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -235,22 +263,10 @@ class Kafka:
             raise ServerError(f"{main_class} failed (exit code {done.returncode}):\n{written}")
         return done.stdout
 
-    # --- inside -------------------------------------------------------------------------------------------------
-
-    def _ports_before(self) -> Mapping[str, int]:
-        try:
-            return dict(json.loads((self.directory / "ports.json").read_text()))
-        except (OSError, ValueError):
-            return {}
-
-    def _choose(self, which: str, before: Mapping[str, int]) -> int:
-        """The port that the directory had, so that clients find it again; another when it is taken."""
-        port = before.get(which)
-        return port if port is not None and port_is_free(port) else free_port()
+    # --- inside ----------------------------------------------------------------------------------
 
     def _write_settings(self) -> None:
-        ports = {"broker": self.port, "controller": self.controller_port}
-        (self.directory / "ports.json").write_text(json.dumps(ports) + "\n")
+        remember_ports(self.directory, {"broker": self.port, "controller": self.controller_port})
         own = node_properties(
             self.node,
             data=self.data,
@@ -269,15 +285,15 @@ class Kafka:
             *("format", "--standalone", "--cluster-id", new_cluster_id(), "--config", str(self.settings)),
         )
 
-    def _wait_ready(self) -> None:
-        assert self._child is not None
+    def _poll(self, child: Child) -> None:
         deadline = time.monotonic() + START_SECONDS
         client: AdminClient | None = None
         while True:
-            code = self._child.exit_code()
+            code = child.exit_code()
             if code is not None:
                 raise ServerError(
-                    f"Kafka ended at its start (exit code {code}). The end of its log, {self.log}:\n{tail(self.log)}"
+                    f"Kafka ended at its start (exit code {code}). "
+                    f"The end of its log, {self.log}:\n{tail(self.log)}"
                 )
             # A client only once the port is served: librdkafka's backoff would make the wait longer.
             if not port_is_free(self.port):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -79,6 +80,8 @@ def main(parent: int, signal_number: int, user: str, command: list[str]) -> NoRe
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(GONE)
+    # Python ignores it, and a program that is exec'ed inherits that.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         os.execv(command[0], command)
     except OSError as error:

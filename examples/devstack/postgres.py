@@ -21,8 +21,10 @@ from devstack.processes import (
     Child,
     ServerError,
     children,
-    free_port,
     launch_command,
+    port_of,
+    ports_before,
+    remember_ports,
     server_user,
     tail,
     wait_until,
@@ -81,10 +83,12 @@ class Postgres:
     - `directory`: gets `data/` (made on the first start) and `postgres.log`. A second object on the same
       directory serves the same data.
     - `options`: server settings over `DEFAULT_OPTIONS`; a dictionary of this object, read at each start.
-    - `port`: None = a free one, kept for the life of the object.
+    - `port`: None = the directory's port of before when it is free, else a free one; kept for the life of the
+      object.
     - `tied`: False lets the server outlive this process (`make up`).
 
-    As a context manager it starts, and stops fast at the end. Failures raise `ServerError` with the log's tail.
+    As a context manager it starts, and stops fast at the end. Failures raise `ServerError` with the end of the
+    log.
     As root the server runs as `nobody`, since PostgreSQL refuses root.
     """
 
@@ -100,7 +104,7 @@ class Postgres:
         self.data = self.directory / "data"
         self.log = self.directory / "postgres.log"
         self.options = {**DEFAULT_OPTIONS, **options}
-        self.port = free_port() if port is None else port
+        self.port = port_of("postgres", ports_before(self.directory)) if port is None else port
         self._tied = tied
         self._child: Child | None = None
 
@@ -113,7 +117,7 @@ class Postgres:
     ) -> None:
         self.stop()
 
-    # --- what it is ---------------------------------------------------------------------------------------------
+    # --- what it is ------------------------------------------------------------------------------
 
     @property
     def running(self) -> bool:
@@ -123,12 +127,16 @@ class Postgres:
     @property
     def pid(self) -> int:
         """The postmaster's process id. Raises `ServerError` when it does not run."""
-        return self._running_child().pid
+        return self.child.pid
 
     @property
     def child(self) -> Child:
         """The running server as a process. Raises `ServerError` when it does not run."""
-        return self._running_child()
+        if self._child is None or self._child.exit_code() is not None:
+            raise ServerError(
+                f"The PostgreSQL server of {self.directory} does not run; its log is {self.log}."
+            )
+        return self._child
 
     def url(self, dbname: str = "postgres", *, user: str = "postgres", password: str | None = None) -> str:
         """The libpq URL of a database of this server, whether it runs or not."""
@@ -143,13 +151,18 @@ class Postgres:
             raise ServerError(f"PostgreSQL has no program {name!r} in {path.parent}.")
         return str(path)
 
-    # --- start and stop -----------------------------------------------------------------------------------------
+    # --- start and stop --------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections; nothing happens when it runs already.
 
         The first start makes the data directory. Raises `ServerError` when it ends or is not ready in 60 s.
         """
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """The first half of `start`: start the server without waiting until it accepts connections."""
         if self.running:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -170,10 +183,14 @@ class Postgres:
             # Not SIGKILL: on SIGQUIT the postmaster still ends its children and frees its shared memory.
             death_signal=signal.SIGQUIT,
         )
+
+    def wait_ready(self) -> None:
+        """The second half: wait for the first connection. A server that fails is stopped, then it raises."""
+        child = self.child
         try:
-            self._wait_ready()
+            self._poll(child)
         except BaseException:
-            self._child.stop(signal.SIGQUIT, seconds=10)
+            child.stop(signal.SIGQUIT, seconds=10)
             self._child = None
             raise
 
@@ -215,7 +232,7 @@ class Postgres:
         command = [self.bin(program), *arguments]
         try:
             done = subprocess.run(
-                launch_command(command, user=server_user(), tied=False),
+                launch_command(command, user=server_user(), tied=True),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -231,14 +248,29 @@ class Postgres:
             raise ServerError(f"{program} failed (exit code {done.returncode}):\n{written}")
         return done.stdout
 
-    # --- inside -------------------------------------------------------------------------------------------------
+    # --- copies ----------------------------------------------------------------------------------
 
-    def _running_child(self) -> Child:
-        if self._child is None or self._child.exit_code() is not None:
-            raise ServerError(
-                f"The PostgreSQL server of {self.directory} does not run; its log is {self.log}."
-            )
-        return self._child
+    def standby(self, directory: Path, *, options: Mapping[str, str] = {}) -> Postgres:
+        """A streaming standby of this running server, in a directory of its own, not yet started.
+
+        It has this server's options, then `options`. `promote` ends its being a standby.
+        """
+        copy = Postgres(directory, options={**self.options, **options}, tied=self._tied)
+        copy.directory.mkdir(parents=True, exist_ok=True)
+        user = server_user()
+        if user is not None:
+            shutil.chown(copy.directory, user)
+        self.run(
+            "pg_basebackup",
+            *("-D", str(copy.data), "-d", self.url(), "-X", "stream", "-c", "fast", "-R", "--no-sync"),
+        )
+        return copy
+
+    def promote(self) -> None:
+        """Make this running standby a primary, on a new timeline, and wait until it is one."""
+        self.run("pg_ctl", "promote", "-w", "-D", str(self.data))
+
+    # --- inside ----------------------------------------------------------------------------------
 
     def _make_data(self) -> None:
         """Make the data directory as a whole: an interrupted initdb must not pass for one."""
@@ -258,23 +290,25 @@ class Postgres:
     def _write_options(self) -> None:
         fixed = {"listen_addresses": LOOPBACK, "port": str(self.port), "unix_socket_directories": ""}
         lines = [f"{name} = {_quote(value)}\n" for name, value in {**self.options, **fixed}.items()]
+        remember_ports(self.directory, {"postgres": self.port})
         (self.data / "devstack.conf").write_text("# Written by devstack at each start.\n" + "".join(lines))
 
-    def _wait_ready(self) -> None:
-        assert self._child is not None
+    def _poll(self, child: Child) -> None:
         deadline = time.monotonic() + START_SECONDS
         while True:
-            code = self._child.exit_code()
+            code = child.exit_code()
             if code is not None:
                 raise ServerError(
-                    f"PostgreSQL ended at its start (exit code {code}). The end of its log, {self.log}:\n{tail(self.log)}"
+                    f"PostgreSQL ended at its start (exit code {code}). "
+                    f"The end of its log, {self.log}:\n{tail(self.log)}"
                 )
             try:
                 psycopg.connect(self.url(), connect_timeout=5).close()
             except psycopg.OperationalError as error:
                 if time.monotonic() > deadline:
                     raise ServerError(
-                        f"PostgreSQL accepts no connection on port {self.port} after {START_SECONDS:g} s ({error}). "
+                        f"PostgreSQL accepts no connection on port {self.port} after {START_SECONDS:g} s "
+                        f"({error}). "
                         f"The end of its log, {self.log}:\n{tail(self.log)}"
                     ) from error
                 time.sleep(POLL_SECONDS)

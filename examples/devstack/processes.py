@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import os
 import random
 import signal
@@ -20,6 +21,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 LAUNCHER = Path(__file__).with_name("launch.py")
+PROC = Path("/proc")
+HAS_PROC = (PROC / "self" / "stat").exists()
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.02
 
@@ -28,7 +31,7 @@ class ServerError(RuntimeError):
     """A server of the development stack did not do what it was asked; the message says where its log is."""
 
 
-# --- ports ----------------------------------------------------------------------------------------------------
+# --- ports --------------------------------------------------------------------------------------
 
 _given: set[int] = set()
 
@@ -53,6 +56,27 @@ def port_is_free(port: int) -> bool:
         return True
 
 
+def ports_before(directory: Path) -> Mapping[str, int]:
+    """The ports that `remember_ports` wrote for the server of this directory; empty when there are none."""
+    try:
+        return {
+            str(name): int(port) for name, port in json.loads((directory / "ports.json").read_text()).items()
+        }
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def remember_ports(directory: Path, ports: Mapping[str, int]) -> None:
+    """Note a server's ports, so that a later object on the same directory takes the same ones."""
+    (directory / "ports.json").write_text(json.dumps(dict(ports)) + "\n")
+
+
+def port_of(name: str, before: Mapping[str, int]) -> int:
+    """The port that the directory had before, so that clients find it again; another when it is taken."""
+    port = before.get(name)
+    return port if port is not None and port_is_free(port) else free_port()
+
+
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nothing listens on; never the same one twice in a process.
 
@@ -74,13 +98,13 @@ def free_port() -> int:
     return port
 
 
-# --- identity of a process --------------------------------------------------------------------------------------
+# --- identity of a process ----------------------------------------------------------------------
 
 
 def _stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the state on (index 0 = field 3), or None when there is none."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = (PROC / str(pid) / "stat").read_text()
     except OSError:
         return None
     # The command's name stands in parentheses and may itself hold spaces and parentheses.
@@ -92,7 +116,7 @@ def start_time(pid: int) -> str | None:
 
     Linux: clock ticks since boot; elsewhere the date that `ps` prints. A zombie counts as gone.
     """
-    if sys.platform == "linux":
+    if HAS_PROC:
         fields = _stat(pid)
         return None if fields is None or fields[0] in "ZX" else fields[19]
     shown = subprocess.run(
@@ -134,7 +158,7 @@ class Identity:
                 os.kill(self.pid, number)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, *, seconds: float = 30) -> bool:
-        """Send `number`, wait up to `seconds`, then kill. True when it ended by itself; waits until it is gone."""
+        """Send `number`, wait up to `seconds`, then kill and wait. True when it ended by itself."""
         self.send(number)
         if wait_until(lambda: not self.alive(), seconds=seconds):
             return True
@@ -146,9 +170,9 @@ class Identity:
 def children(pid: int) -> list[Identity]:
     """The direct children of a process (Linux; an empty list elsewhere)."""
     found: list[Identity] = []
-    if sys.platform != "linux":
+    if not HAS_PROC:
         return found
-    for entry in Path("/proc").iterdir():
+    for entry in PROC.iterdir():
         if entry.name.isdigit():
             fields = _stat(int(entry.name))
             if fields is not None and fields[0] not in "ZX" and int(fields[1]) == pid:
@@ -166,7 +190,7 @@ def wait_until(condition: Callable[[], bool], *, seconds: float) -> bool:
     return True
 
 
-# --- starting ---------------------------------------------------------------------------------------------------
+# --- starting -----------------------------------------------------------------------------------
 
 
 def server_user() -> str | None:
