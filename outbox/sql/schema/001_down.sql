@@ -1,0 +1,34 @@
+-- Removes everything that version 1 made. The schema itself goes with outbox/schema.py, if it is empty then.
+DROP FUNCTION {schema}.prune_slot(smallint, jsonb)
+--;
+DROP FUNCTION {schema}.adopt(bigint, bigint, bigint)
+--;
+DROP FUNCTION {schema}.lock(text, text)
+--;
+DROP FUNCTION {schema}.delete(text, text, text, jsonb)
+--;
+DROP FUNCTION {schema}.put_bytes(text, text, bytea, text, text, jsonb)
+--;
+DROP FUNCTION {schema}.put(text, text, jsonb, text, jsonb)
+--;
+DROP FUNCTION {schema}.check_entry(text, text, integer, jsonb)
+--;
+DROP FUNCTION {schema}.report(bigint, smallint, jsonb)
+--;
+DROP TABLE {schema}.request_outcomes
+--;
+DROP TABLE {schema}.requests
+--;
+DROP TABLE {schema}.entries
+--;
+DROP FUNCTION {schema}.ring()
+--;
+DROP FUNCTION {schema}.slot_of(timestamptz)
+--;
+DROP FUNCTION {schema}.shard_of(text, text)
+--;
+DROP TABLE {schema}.entity_types
+--;
+DROP FUNCTION {schema}.count_types_version()
+--;
+DROP TABLE {schema}.settings
