@@ -1,0 +1,24 @@
+"""An entity type: a kind of entity, and the topic that carries its states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class EntityType:
+    """One row of the table `entity_types`.
+
+    `topic_settings` holds Kafka's names of the settings that differ from the defaults, and `partitions`.
+    `collapse`: of several unpublished entries of one key only the last is published.
+    `max_bytes`: the greatest size of a state, uncompressed.
+    `source`: a query with the columns `key` and `state`, or None.
+    """
+
+    name: str
+    topic: str
+    topic_settings: Mapping[str, object] = field(default_factory=dict)
+    collapse: bool = True
+    max_bytes: int = 1_000_000
+    source: str | None = None
