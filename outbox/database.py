@@ -1,0 +1,160 @@
+"""Connections to PostgreSQL, and its errors in words that name the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from outbox.errors import (
+    ConfigError,
+    DatabaseError,
+    DatabaseUnavailableError,
+    OutboxError,
+    SchemaError,
+    UnsuitableServerError,
+)
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+# A server that vanished without a word is noticed within this time, in seconds, also while nothing is sent.
+_KEEPALIVE = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+
+
+def libpq_url(url: str) -> str:
+    """Accept SQLAlchemy's `postgresql+psycopg://` as well as libpq's own forms."""
+    scheme, found, rest = url.partition("://")
+    if found and scheme.startswith(("postgresql+", "postgres+")):
+        return f"postgresql://{rest}"
+    return url
+
+
+def place(url: str) -> str:
+    """Where a URL points, without user or password: `host:port/database`."""
+    try:
+        parts = conninfo_to_dict(libpq_url(url))
+    except psycopg.ProgrammingError as error:
+        raise ConfigError(
+            "The database URL cannot be read.",
+            cure="It looks like postgresql://user:password@host:5432/database; set OUTBOX_DATABASE_URL.",
+        ) from error
+    return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
+
+
+def connect(
+    url: str, *, application_name: str = "outbox", connect_timeout: int = 10, statement_timeout: float = 60
+) -> Connection:
+    """Open a connection in autocommit mode; times in seconds.
+
+    Raises `DatabaseUnavailableError` when trying again may help, `DatabaseError` when it does not,
+    `ConfigError` for a URL that cannot be read.
+    """
+    where = place(url)
+    with translated(where):
+        connection = psycopg.connect(
+            libpq_url(url),
+            autocommit=True,
+            application_name=application_name,
+            connect_timeout=connect_timeout,
+            **_KEEPALIVE,
+        )
+        # A client-side setting would be an option of the URL; this one holds for any role and any server.
+        connection.execute(
+            sql.SQL("SET statement_timeout = {}").format(sql.Literal(round(statement_timeout * 1000)))
+        )
+    return connection
+
+
+@contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Turn errors of psycopg into the project's; `where` names the server and database."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise translate(error, where) from error
+
+
+def translate(error: psycopg.Error, where: str) -> OutboxError:
+    """The project's error for one of psycopg's."""
+    said = (
+        (error.diag.message_primary or str(error)).strip().splitlines()[0]
+        if str(error)
+        else "no reason given"
+    )
+    match error:
+        case pg.InvalidPassword() | pg.InvalidAuthorizationSpecification():
+            return DatabaseError(
+                f"PostgreSQL at {where} refused the login: {said}.",
+                cure="Check the user and the password in OUTBOX_DATABASE_URL.",
+            )
+        case pg.InvalidCatalogName():
+            return DatabaseError(
+                f"PostgreSQL at {where} has no such database: {said}.",
+                cure="Check the database's name in OUTBOX_DATABASE_URL, or create it.",
+            )
+        case pg.InsufficientPrivilege():
+            return DatabaseError(
+                f"PostgreSQL at {where} denied it: {said}.",
+                cure="Grant the role what it needs: op.outbox_grant(...) in a migration, or outbox migrate "
+                "--writer ROLE --relay ROLE.",
+            )
+        case pg.UndefinedTable() | pg.InvalidSchemaName() | pg.UndefinedFunction() | pg.UndefinedColumn():
+            return SchemaError(
+                f"The outbox is not in {where}: {said}.",
+                cure="Create it: outbox migrate --name NAME, or, in a service with Alembic, outbox revision and "
+                "alembic upgrade head.",
+            )
+        case pg.ReadOnlySqlTransaction():
+            return UnsuitableServerError(
+                f"PostgreSQL at {where} is read-only: {said}.",
+                cure="Point OUTBOX_DATABASE_URL at the primary.",
+            )
+        case pg.ObjectNotInPrerequisiteState() if "recovery" in said:
+            return UnsuitableServerError(
+                f"PostgreSQL at {where} is a standby: {said}.",
+                cure="Point OUTBOX_DATABASE_URL at the primary; a standby's snapshot leaves out running transactions.",
+            )
+        case pg.QueryCanceled() | pg.LockNotAvailable():
+            return DatabaseUnavailableError(
+                f"PostgreSQL at {where} did not answer in time: {said}.",
+                cure="Look for what holds it up: SELECT * FROM pg_stat_activity WHERE wait_event_type = 'Lock'.",
+            )
+        case psycopg.OperationalError() | psycopg.InterfaceError():
+            if "password" in said or "authentication" in said or "no pg_hba.conf entry" in said:
+                return DatabaseError(
+                    f"PostgreSQL at {where} refused the login: {_last(error)}.",
+                    cure="Check the user and the password in OUTBOX_DATABASE_URL.",
+                )
+            if 'database "' in str(error) and "does not exist" in str(error):
+                return DatabaseError(
+                    f"PostgreSQL at {where} has no such database: {_last(error)}.",
+                    cure="Check the database's name in OUTBOX_DATABASE_URL, or create it.",
+                )
+            if 'role "' in str(error) and "does not exist" in str(error):
+                return DatabaseError(
+                    f"PostgreSQL at {where} refused the login: {_last(error)}.",
+                    cure="Check the user in OUTBOX_DATABASE_URL.",
+                )
+            return DatabaseUnavailableError(
+                f"PostgreSQL at {where} cannot be reached: {_last(error)}.",
+                cure="Check that it runs and that OUTBOX_DATABASE_URL points at it.",
+            )
+        case _:
+            return DatabaseError(f"PostgreSQL at {where} answered with an error: {said} ({error.sqlstate}).")
+
+
+def _last(error: psycopg.Error) -> str:
+    # libpq lists every address that it tried and every attempt; the last one says it.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Multiple" not in line]
+    text = lines[-1] if lines else "no reason given"
+    return text.rpartition("failed: ")[2].removeprefix("FATAL:").strip().rstrip(".?") or text

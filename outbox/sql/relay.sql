@@ -1,0 +1,135 @@
+-- name: identify
+-- Once a connection: whether this server can be published from at all.
+SELECT pg_is_in_recovery(),
+       pg_backend_pid(),
+       s.schema_version, s.name, s.shards, s.doorbell,
+       extract(epoch FROM s.retention)::double precision
+FROM {schema}.settings s
+
+-- name: system
+-- Which cluster this is; some hosted servers do not allow it.
+SELECT system_identifier::text FROM pg_catalog.pg_control_system()
+
+-- name: sequence
+-- The last id handed out, and the greatest id in the log: the first is never smaller, but in a copy.
+SELECT (SELECT last_value FROM {schema}.entries_id_seq),
+       coalesce((SELECT max(top.id) FROM generate_series(0, (SELECT shards - 1 FROM {schema}.settings)) AS s (shard),
+                 LATERAL (SELECT e.id FROM {schema}.entries e WHERE e.shard = s.shard ORDER BY e.id DESC LIMIT 1) top), 0)
+
+-- name: head
+-- First statement of each batch: the batch's snapshot (S2), and everything that is judged as of it.
+-- The insert LSN is read after S2 was taken: whatever S2 sees lies before it.
+SELECT pg_current_snapshot()::text,
+       pg_current_wal_insert_lsn(),
+       ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int,
+       s.epoch, s.removed_id, s.types_version,
+       %(anchor_id)s::bigint IS NULL OR EXISTS (
+           SELECT FROM {schema}.entries e
+           WHERE e.shard = %(anchor_shard)s::smallint AND e.id = %(anchor_id)s::bigint
+             AND e.xid = %(anchor_xid)s::text::xid8
+             AND (extract(epoch FROM e.created_at) * 1000000)::bigint = %(anchor_created)s::bigint),
+       top.id, top.xid::text, top.created_us, top.shard,
+       CASE WHEN s.types_version <> %(types_version)s::bigint THEN
+           (SELECT coalesce(json_agg(json_build_array(t.name, t.topic, t.topic_settings, t.collapse, t.max_bytes, t.source)), '[]')
+            FROM {schema}.entity_types t) END,
+       (SELECT json_agg(json_build_array(r.id, r.kind, r.arguments) ORDER BY r.id) FROM {schema}.requests r
+        WHERE r.cancelled_at IS NULL AND NOT EXISTS (
+            SELECT FROM {schema}.request_outcomes o WHERE o.request = r.id AND o.shard = %(shard)s::smallint))
+FROM {schema}.settings s
+LEFT JOIN LATERAL (
+    -- The greatest entry visible in S2 in the whole table: one probe a shard.
+    SELECT e.id, e.xid, (extract(epoch FROM e.created_at) * 1000000)::bigint AS created_us, e.shard
+    FROM generate_series(0, s.shards - 1) AS n (shard),
+         LATERAL (SELECT * FROM {schema}.entries e WHERE e.shard = n.shard ORDER BY e.id DESC LIMIT 1) e
+    ORDER BY e.id DESC LIMIT 1) top ON true
+
+-- name: entries
+-- What is visible now (S2) and was not visible at the position's point (S1), in id order. The simple form is
+--     WHERE shard = S AND visible in S2 AND (id > floor OR xid >= xmax(S1) OR xid = ANY (xip(S1)))
+-- but with OR the planner may walk a whole index. So: ranges that each have an index, which share no row.
+-- `fresh`: above the anchor. `late`: at or below it, by transactions that S1 did not see.
+-- In a cut the rows must also be visible in the snapshot at its end, and lie between what is done and the end's anchor.
+-- `through` is a running sum that ends the batch at its limit in bytes; the first row always comes.
+SELECT id, type, key, state, created_ms, content_type, cause, headers
+FROM (
+    SELECT b.*, sum(size) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - size AS before
+    FROM (
+        (SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint AS created_ms,
+                e.content_type, e.cause, e.headers::text AS headers, coalesce(octet_length(e.state), 0) + 256 AS size
+         FROM {schema}.entries e
+         WHERE e.shard = %(shard)s::smallint AND e.id > %(above)s::bigint AND e.id <= %(upto)s::bigint
+           AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
+         ORDER BY e.id LIMIT {batch_rows})
+        UNION ALL
+        (SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint,
+                e.content_type, e.cause, e.headers::text, coalesce(octet_length(e.state), 0) + 256
+         FROM {schema}.entries e
+         WHERE e.shard = %(shard)s::smallint AND e.xid >= %(xmax1)s::text::xid8
+           AND e.id <= %(floor)s::bigint AND e.id > %(last_id)s::bigint
+           AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
+         ORDER BY e.id LIMIT {batch_rows})
+        UNION ALL
+        (SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint,
+                e.content_type, e.cause, e.headers::text, coalesce(octet_length(e.state), 0) + 256
+         FROM {schema}.entries e
+         WHERE e.shard = %(shard)s::smallint AND e.xid = ANY (%(xip1)s::text::xid8[])
+           AND e.id <= %(floor)s::bigint AND e.id > %(last_id)s::bigint
+           AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
+         ORDER BY e.id LIMIT {batch_rows})
+        ORDER BY id LIMIT {batch_rows}
+    ) b
+) c
+WHERE before < {batch_bytes}
+ORDER BY id
+
+-- name: fresh
+-- The same where nothing can be late: at the start of a log, and in a cut that has passed the anchor.
+SELECT id, type, key, state, created_ms, content_type, cause, headers
+FROM (
+    SELECT b.*, sum(size) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - size AS before
+    FROM (
+        SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint AS created_ms,
+               e.content_type, e.cause, e.headers::text AS headers, coalesce(octet_length(e.state), 0) + 256 AS size
+        FROM {schema}.entries e
+        WHERE e.shard = %(shard)s::smallint AND e.id > %(above)s::bigint AND e.id <= %(upto)s::bigint
+          AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
+        ORDER BY e.id LIMIT {batch_rows}
+    ) b
+) c
+WHERE before < {batch_bytes}
+ORDER BY id
+
+-- name: last_retained
+-- The last retained entry of each of some keys, as of the batch's snapshot: what a retry publishes.
+SELECT DISTINCT ON (e.type, e.key)
+       e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint,
+       e.content_type, e.cause, e.headers::text
+FROM {schema}.entries e
+JOIN unnest(%(types)s::text[], %(keys)s::text[]) AS wanted (type, key) ON e.type = wanted.type AND e.key = wanted.key
+WHERE e.shard = %(shard)s::smallint AND e.id >= %(from_id)s::bigint AND e.id > %(removed_id)s::bigint
+ORDER BY e.type, e.key, e.id DESC
+
+-- name: flushed
+-- Whether everything up to an LSN is on the server's disk.
+SELECT pg_current_wal_flush_lsn() >= %(lsn)s::pg_lsn
+
+-- name: flush
+-- Makes it so: an empty message in the write-ahead log, flushed (PostgreSQL 17 and newer).
+SELECT pg_logical_emit_message(false, 'outbox', '', true)
+
+-- name: flush_by_commit
+-- The same before 17: a transaction that wrote to the log is flushed when it commits.
+SELECT pg_logical_emit_message(true, 'outbox', '')
+
+-- name: try_bell
+-- Falling asleep: hold the doorbell, so that writers ring. Never waits.
+SELECT pg_try_advisory_lock(%(bell)s::bigint)
+
+-- name: release_bell
+SELECT pg_advisory_unlock(%(bell)s::bigint)
+
+-- name: report
+SELECT {schema}.report(%(request)s::bigint, %(shard)s::smallint, %(outcome)s::jsonb)
+
+-- name: adopt
+SELECT {schema}.adopt(%(epoch)s::bigint, %(floor)s::bigint, %(least_epoch)s::bigint)
