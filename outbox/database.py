@@ -69,9 +69,7 @@ def connect(
             **_KEEPALIVE,
         )
         # A client-side setting would be an option of the URL; this one holds for any role and any server.
-        connection.execute(
-            sql.SQL("SET statement_timeout = {}").format(sql.Literal(round(statement_timeout * 1000)))
-        )
+        connection.execute(sql.SQL("SET statement_timeout = {}").format(sql.Literal(round(statement_timeout * 1000))))
     return connection
 
 
@@ -86,11 +84,7 @@ def translated(where: str) -> Iterator[None]:
 
 def translate(error: psycopg.Error, where: str) -> OutboxError:
     """The project's error for one of psycopg's."""
-    said = (
-        (error.diag.message_primary or str(error)).strip().splitlines()[0]
-        if str(error)
-        else "no reason given"
-    )
+    said = (error.diag.message_primary or str(error)).strip().splitlines()[0] if str(error) else "no reason given"
     match error:
         case pg.InvalidPassword() | pg.InvalidAuthorizationSpecification():
             return DatabaseError(

@@ -40,9 +40,7 @@ def make_database(postgres: Postgres) -> Iterator[Callable[..., str]]:
         name = f"t{next(_numbers)}"
         with psycopg.connect(postgres.url(), autocommit=True) as admin:
             admin.execute(
-                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
-                    sql.Identifier(name), sql.Identifier(template)
-                )
+                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
             )
         made.append(name)
         return postgres.url(name)
