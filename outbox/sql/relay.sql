@@ -22,7 +22,7 @@ SELECT (SELECT last_value FROM {schema}.entries_id_seq),
 SELECT pg_current_snapshot()::text,
        pg_current_wal_insert_lsn(),
        ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int,
-       s.epoch, s.removed_id, s.types_version,
+       s.epoch, s.removed_id, s.types_version, s.adopted_from,
        %(anchor_id)s::bigint IS NULL OR EXISTS (
            SELECT FROM {schema}.entries e
            WHERE e.shard = %(anchor_shard)s::smallint AND e.id = %(anchor_id)s::bigint
@@ -132,4 +132,4 @@ SELECT pg_advisory_unlock(%(bell)s::bigint)
 SELECT {schema}.report(%(request)s::bigint, %(shard)s::smallint, %(outcome)s::jsonb)
 
 -- name: adopt
-SELECT {schema}.adopt(%(epoch)s::bigint, %(floor)s::bigint, %(least_epoch)s::bigint)
+SELECT {schema}.adopt(%(epoch)s::bigint, %(floor)s::bigint, %(least_epoch)s::bigint, %(from_system)s::text)

@@ -1,0 +1,99 @@
+"""A message: what one entry becomes in Kafka."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import orjson
+
+from outbox.entity_type import EntityType
+from outbox.entry import Entry
+
+ID_HEADER = "outbox-id"
+CONTENT_TYPE_HEADER = "content-type"
+CAUSE_HEADER = "cause"
+JSON_CONTENT_TYPE = "application/json"
+
+# A record alone takes key + value + headers + 72 bytes and about 2 a header; the reserve is for what else a broker
+# of another version may add.
+_RESERVE = 128
+_RESERVE_PER_HEADER = 8
+
+
+class Message(NamedTuple):
+    """One record to be: the topic, the key in UTF-8, the state's bytes or None, the headers, the time.
+
+    `created_ms`: milliseconds since 1970. `entry` is what it was made of.
+    """
+
+    topic: str
+    key: bytes
+    value: bytes | None
+    headers: list[tuple[str, bytes]]
+    created_ms: int
+    entry: Entry
+
+
+class Unpublishable(NamedTuple):
+    """An entry that cannot become a record: `reason` is a word for scripts, `explanation` a sentence."""
+
+    entry: Entry
+    topic: str | None
+    reason: str
+    explanation: str
+
+
+def messages(
+    entries: Iterable[Entry],
+    types: Mapping[str, EntityType],
+    limits: Mapping[str, int],
+    *,
+    now_ms: int,
+) -> tuple[list[Message], list[Unpublishable]]:
+    """Make the messages of a batch, in order, and name the entries that cannot be published.
+
+    `limits` holds each topic's `max.message.bytes`. A created-at in the future is written as `now_ms`: Kafka refuses
+    times that are too far ahead.
+    """
+    made: list[Message] = []
+    refused: list[Unpublishable] = []
+    for entry in entries:
+        entry_id, type_name, key_text, state, created_ms, content_type, cause, own_headers = entry
+        entity_type = types.get(type_name)
+        if entity_type is None:
+            refused.append(
+                Unpublishable(entry, None, "unknown-type", f'the entity type "{type_name}" is not registered')
+            )
+            continue
+        headers = [(ID_HEADER, b"%d" % entry_id)]
+        if content_type is not None and content_type != JSON_CONTENT_TYPE:
+            headers.append((CONTENT_TYPE_HEADER, content_type.encode()))
+        if cause is not None:
+            headers.append((CAUSE_HEADER, cause.encode()))
+        if own_headers is not None:
+            headers += _own(own_headers)
+        key = key_text.encode()
+        topic = entity_type.topic
+        # Judged cheaply first: hardly any state comes near the limit.
+        size = len(key) + (0 if state is None else len(state))
+        if size + 4096 > limits[topic] or own_headers is not None:
+            size += _RESERVE + sum(len(name) + len(value) + _RESERVE_PER_HEADER for name, value in headers)
+            if size > limits[topic]:
+                refused.append(
+                    Unpublishable(
+                        entry,
+                        topic,
+                        "too-large",
+                        f"the record needs up to {size} bytes, the topic {topic} takes {limits[topic]}",
+                    )
+                )
+                continue
+        made.append(Message(topic, key, state, headers, min(created_ms, now_ms), entry))
+    return made, refused
+
+
+def _own(text: str) -> list[tuple[str, bytes]]:
+    raw = orjson.loads(text)
+    # The table allows any JSON value; writers refuse what is no string, a hand-written INSERT may not.
+    return [(name, value.encode() if isinstance(value, str) else orjson.dumps(value)) for name, value in raw.items()]

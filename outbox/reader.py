@@ -1,0 +1,451 @@
+"""The outbox reader: batches by position, from PostgreSQL.
+
+One connection, used by one thread at a time. A batch is one REPEATABLE READ transaction and, without requests, one
+round trip. Reads only; `report` and `adopt` are functions of the schema that the relay's role may call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import selectors
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+import psycopg
+from psycopg import errors as pg
+from psycopg import sql as psycopg_sql
+from psycopg.types.json import set_json_loads
+
+from outbox import sql
+from outbox.config import Config
+from outbox.database import Connection, connect, place, translated
+from outbox.entity_type import EntityType
+from outbox.entry import Entry
+from outbox.errors import RelayError, SchemaError, UnsuitableServerError, WrongOutboxError
+from outbox.lineage import Head
+from outbox.position import Anchor, Position, Snapshot
+
+SCHEMA_VERSION = 1
+
+_MOST = 2**63 - 1
+_BACKEND_FLUSHES = 170_000  # from PostgreSQL 17 on, a message can be flushed without a transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What identifies an outbox; read once a connection. `retention` in seconds."""
+
+    name: str
+    shards: int
+    doorbell: bool
+    retention: float
+    system: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row of the control table."""
+
+    id: int
+    kind: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one read brought.
+
+    `entries` in id order; `last_id` is None when the read reached `position`'s next point (`to`), else the id where
+    it was cut. `retained` holds the last retained entries that requests asked for. `seconds`: how long it took.
+    """
+
+    position: Position
+    head: Head
+    entries: Sequence[Entry]
+    last_id: int | None
+    requests: Sequence[Request] = ()
+    retained: Sequence[Entry] = ()
+    seconds: float = 0.0
+
+    @property
+    def cut(self) -> bool:
+        """Whether more of the same difference is to be read."""
+        return self.last_id is not None
+
+    def next(self) -> Position:
+        """The position once this batch is published."""
+        cut = self.position.cut
+        return self.position.advanced(cut.to if cut else self.head.point, self.last_id)
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Which keys a request wants to be published again, asked of the relay within a read.
+
+    `keys` are pairs of type and key; `from_id` is the smallest id that may be among their last entries.
+    """
+
+    keys: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    from_id: int = 0
+
+
+class Reader:
+    """Reads one shard of one outbox. Foreign errors come out as the project's."""
+
+    def __init__(self, config: Config, *, shard: int) -> None:
+        self._config = config
+        self._shard = shard
+        self._where = place(config.database_url)
+        self._connection: Connection | None = None
+        self._types_version = 0
+        self.types: dict[str, EntityType] = {}
+        self.identity: Identity | None = None
+        self._ringing = False
+        identifier = psycopg_sql.Identifier(config.schema).as_string(None)
+        self._sql = {
+            name: text.replace("{schema}", identifier)
+            .replace("{batch_rows}", str(config.batch_rows))
+            .replace("{batch_bytes}", str(config.batch_bytes))
+            for name, text in sql.load("relay").items()
+        }
+        self._bell = bell_key(config.schema)
+        self._state = ""
+
+    # -- the connection ----------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Whether a connection is open, as far as is known."""
+        return self._connection is not None and not self._connection.closed
+
+    def open(self) -> Identity:
+        """Connect and check that this server can be published from."""
+        self.close()
+        connection = connect(
+            self._config.database_url,
+            application_name=self._application_name("connecting"),
+            statement_timeout=self._config.statement_timeout,
+        )
+        try:
+            with translated(self._where):
+                identity = self._identify(connection)
+                # The relay's queries are written for their indexes; a plan made while the table was small must not
+                # stay when it has grown. Planning anew for each batch costs more than reading a few entries.
+                connection.execute("SET enable_seqscan = off")
+                connection.execute("SET enable_bitmapscan = off")
+                connection.execute("SET plan_cache_mode = force_generic_plan")
+                connection.execute("SET jit = off")
+                if identity.doorbell:
+                    connection.execute(
+                        psycopg_sql.SQL("LISTEN {}").format(psycopg_sql.Identifier(self._config.schema))
+                    )
+        except BaseException:
+            connection.close()
+            raise
+        set_json_loads(orjson.loads, connection)
+        self._connection = connection
+        self._types_version = 0
+        self._state = ""
+        self.identity = identity
+        return identity
+
+    def close(self) -> None:
+        """Close the connection, if there is one; the doorbell is released with it."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _identify(self, connection: Connection) -> Identity:
+        row = connection.execute(cast("Any", self._sql["identify"])).fetchone()
+        if row is None:
+            raise SchemaError(
+                f"The outbox in {self._where} has no settings.", cure="Create it anew: outbox migrate --name NAME."
+            )
+        in_recovery, backend, version, name, shards, doorbell, retention = row
+        if in_recovery:
+            raise UnsuitableServerError(
+                f"PostgreSQL at {self._where} is a standby: its snapshots leave out running transactions.",
+                cure="Point OUTBOX_DATABASE_URL at the primary.",
+            )
+        if backend != connection.info.backend_pid:
+            # A pooler makes up the process id that it tells its clients.
+            raise UnsuitableServerError(
+                f"The connection to {self._where} goes through a pooler, which breaks session locks and LISTEN.",
+                cure="Point OUTBOX_DATABASE_URL at the server itself; services may go on using the pooler.",
+            )
+        if version != SCHEMA_VERSION:
+            raise SchemaError(
+                f"The outbox in {self._where} has schema version {version}, this relay needs {SCHEMA_VERSION}.",
+                cure="Upgrade the older one: outbox migrate, or, in a service with Alembic, outbox revision and "
+                "alembic upgrade head."
+                if version < SCHEMA_VERSION
+                else "Run a newer relay.",
+            )
+        if self._config.name is not None and self._config.name != name:
+            raise WrongOutboxError(
+                f'The outbox in {self._where} is named "{name}", the settings say "{self._config.name}".',
+                cure="Correct OUTBOX_NAME (or --name), or the database URL: one of them points elsewhere.",
+            )
+        if self._shard >= shards:
+            raise WrongOutboxError(
+                f"The outbox in {self._where} has {shards} shard(s), numbered from 0; there is no shard {self._shard}.",
+                cure="Correct OUTBOX_SHARD (or --shard).",
+            )
+        try:
+            system = connection.execute(cast("Any", self._sql["system"])).fetchone()
+        except (pg.InsufficientPrivilege, pg.FeatureNotSupported, pg.UndefinedFunction):
+            system = None
+        handed_out, greatest = cast("tuple[int, int]", connection.execute(cast("Any", self._sql["sequence"])).fetchone())
+        if handed_out < greatest:
+            raise UnsuitableServerError(
+                f"The id sequence of the outbox in {self._where} stands at {handed_out}, below the greatest entry id "
+                f"{greatest}: it is a copy, and newer entries may already have got smaller ids.",
+                cure="Stop the writers of the copy, then: outbox adopt. Run outbox reconcile for every type afterwards.",
+            )
+        return Identity(name, shards, doorbell, retention, system[0] if system else None)
+
+    def _open(self) -> Connection:
+        if self._connection is None:
+            raise RelayError("The reader has no connection; open() comes first.")
+        return self._connection
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def read(self, position: Position, wanted: Callable[[Sequence[Request]], Wanted] | None = None) -> Batch:
+        """Read the next batch after a position.
+
+        `wanted` is asked, within the batch's transaction, which keys the open requests want; only a read that is not
+        cut takes requests, since the rest of a cut backlog follows with states that are older.
+        """
+        began = time.monotonic()
+        connection = self._open()
+        point, cut = position.point, position.cut
+        reached = position.reached.anchor
+        head_arguments = {
+            "anchor_id": reached.id if reached else None,
+            "anchor_xid": str(reached.xid) if reached else None,
+            "anchor_created": reached.created_us if reached else None,
+            "anchor_shard": reached.shard if reached else None,
+            "types_version": self._types_version,
+            "shard": self._shard,
+        }
+        last_id = cut.last_id if cut else 0
+        to = cut.to.snapshot if cut else None
+        fresh_only = point.snapshot is None or last_id >= point.floor
+        arguments: dict[str, Any] = {
+            "shard": self._shard,
+            "above": max(point.floor, last_id),
+            "upto": cut.to.floor if cut else _MOST,
+            "xmax2": str(to.xmax if to else _MOST),
+            "xip2": _array(to.xip if to else ()),
+        }
+        if not fresh_only and point.snapshot is not None:
+            arguments |= {
+                "xmax1": str(point.snapshot.xmax),
+                "xip1": _array(point.snapshot.xip),
+                "floor": point.floor,
+                "last_id": last_id,
+            }
+        with translated(self._where):
+            try:
+                with connection.pipeline():
+                    connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                    head_cursor = connection.execute(self._query("head"), head_arguments, prepare=True)
+                    cursor = connection.cursor(binary=True)
+                    cursor.execute(self._query("fresh" if fresh_only else "entries"), arguments, prepare=True)
+                head_row = head_cursor.fetchone()
+                entries = cast("list[Entry]", cursor.fetchall())
+                if head_row is None:
+                    raise SchemaError(f"The outbox in {self._where} has no settings any more.")
+                head, requests = self._head(head_row)
+                ended = self._ended_at(entries)
+                retained: Sequence[Entry] = ()
+                if ended is None and requests and wanted is not None:
+                    retained = self._retained(connection, wanted(requests), head)
+            finally:
+                if not connection.closed and connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                    connection.execute("ROLLBACK")
+        return Batch(
+            position,
+            head,
+            entries,
+            ended,
+            requests if ended is None else (),
+            retained,
+            time.monotonic() - began,
+        )
+
+    def _query(self, name: str) -> Any:  # noqa: ANN401  psycopg takes only literal strings; these come from files
+        return self._sql[name]
+
+    def _head(self, row: Sequence[Any]) -> tuple[Head, list[Request]]:
+        (snapshot, lsn, timeline, epoch, removed_id, types_version, adopted_from, found, top_id, top_xid, top_created,
+         top_shard, types, requests) = row  # fmt: skip
+        if types is not None:
+            self.types = {t[0]: EntityType(*t) for t in types}
+            self._types_version = types_version
+        head = Head(
+            snapshot=Snapshot.parse(snapshot),
+            insert_lsn=lsn,
+            system=self.identity.system if self.identity else None,
+            timeline=timeline,
+            epoch=epoch,
+            removed_id=removed_id,
+            types_version=types_version,
+            anchor_found=found,
+            top=None if top_id is None else Anchor(top_id, int(top_xid), top_created, top_shard),
+            adopted_from=adopted_from,
+        )
+        return head, [Request(*r) for r in requests or ()]
+
+    def _ended_at(self, entries: Sequence[Entry]) -> int | None:
+        if len(entries) >= self._config.batch_rows:
+            return entries[-1][0]
+        # The same sum as the query's, which has left out what comes after it went over the limit.
+        if entries and sum(256 + len(e[3] or b"") for e in entries) >= self._config.batch_bytes:
+            return entries[-1][0]
+        return None
+
+    def _retained(self, connection: Connection, wanted: Wanted, head: Head) -> list[Entry]:
+        if not wanted.keys:
+            return []
+        cursor = connection.execute(
+            self._query("last_retained"),
+            {
+                "types": [type_name for type_name, _ in wanted.keys],
+                "keys": [key for _, key in wanted.keys],
+                "shard": self._shard,
+                "from_id": wanted.from_id,
+                "removed_id": head.removed_id,
+            },
+        )
+        return sorted(cast("list[Entry]", cursor.fetchall()))
+
+    # -- durability --------------------------------------------------------------------------------------------
+
+    def wait_flushed(self, lsn: str) -> None:
+        """Wait until everything up to an LSN is on the server's disk.
+
+        An asynchronous commit is visible before it is; what a crash loses must not have been published.
+        """
+        connection = self._open()
+        with translated(self._where):
+            if self._flushed(connection, lsn):
+                return
+            # Left alone the server may take its time: it flushes a page that is not full when somebody commits.
+            modern = connection.info.server_version >= _BACKEND_FLUSHES
+            connection.execute(self._query("flush" if modern else "flush_by_commit"))
+            deadline = time.monotonic() + self._config.statement_timeout
+            while not self._flushed(connection, lsn):
+                if time.monotonic() > deadline:
+                    raise pg.QueryCanceled("the write-ahead log was not flushed in time")
+                connection.execute(self._query("flush" if modern else "flush_by_commit"))
+
+    def _flushed(self, connection: Connection, lsn: str) -> bool:
+        row = connection.execute(self._query("flushed"), {"lsn": lsn}, prepare=True).fetchone()
+        return bool(row and row[0])
+
+    # -- the doorbell ------------------------------------------------------------------------------------------
+
+    def try_bell(self) -> bool:
+        """Hold the doorbell, so that writers ring; False when a writer holds it (or the outbox has none)."""
+        if self.identity is None or not self.identity.doorbell:
+            return False
+        with translated(self._where):
+            row = self._open().execute(self._query("try_bell"), {"bell": self._bell}, prepare=True).fetchone()
+        self._ringing = bool(row and row[0])
+        return self._ringing
+
+    def release_bell(self) -> None:
+        """Let writers be silent again; must come before the next read."""
+        if not self._ringing:
+            return
+        self._ringing = False
+        with translated(self._where):
+            self._open().execute(self._query("release_bell"), {"bell": self._bell}, prepare=True)
+
+    def wait_rung(self, seconds: float, wake: Wake) -> bool:
+        """Sleep until somebody rings, `wake` is set, or the time is over; whether it was rung."""
+        connection = self._open()
+        with translated(self._where), selectors.DefaultSelector() as selector:
+            if any(True for _ in connection.notifies(timeout=0)):
+                return True
+            selector.register(connection.fileno(), selectors.EVENT_READ)
+            selector.register(wake.fileno(), selectors.EVENT_READ)
+            if any(key.fd == connection.fileno() for key, _ in selector.select(seconds)):
+                return any(True for _ in connection.notifies(timeout=0))
+        return False
+
+    # -- the functions that the relay may call -----------------------------------------------------------------
+
+    def report(self, request: int, outcome: Mapping[str, Any]) -> None:
+        """Say what became of a request; saying it again changes nothing."""
+        with translated(self._where):
+            self._open().execute(
+                self._query("report"),
+                {"request": request, "shard": self._shard, "outcome": orjson.dumps(outcome).decode()},
+            )
+
+    def show(self, state: str) -> None:
+        """Show a state in `pg_stat_activity`, for `outbox status`; only when it has changed."""
+        if state == self._state or not self.connected:
+            return
+        with translated(self._where):
+            self._open().execute("SELECT set_config('application_name', %s, false)", [self._application_name(state)])
+        self._state = state
+
+    def _application_name(self, state: str) -> str:
+        name = self.identity.name if self.identity else self._config.name or "?"
+        # PostgreSQL cuts it at 63 bytes.
+        return f"outbox-relay {name[:30]}/{self._shard} {state}"[:63]
+
+
+class Wake:
+    """Ends a wait from another thread or a signal handler."""
+
+    def __init__(self) -> None:
+        import socket  # noqa: PLC0415  only a process that waits needs it
+
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._reader.setblocking(False)
+        self._event = threading.Event()
+
+    def fileno(self) -> int:
+        """Readable once it is set."""
+        return self._reader.fileno()
+
+    def set(self) -> None:
+        """End this wait and every later one."""
+        self._event.set()
+        try:
+            self._writer.send(b"x")
+        except OSError:
+            return  # full or closed: whoever waits has been told
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long; whether it is set."""
+        return self._event.wait(seconds)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._reader.close()
+        self._writer.close()
+
+
+def bell_key(schema: str) -> int:
+    """The advisory lock key of an outbox's doorbell: from its schema's name, so that it needs no row."""
+    return int.from_bytes(hashlib.blake2b(b"outbox " + schema.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _array(xids: Sequence[int]) -> str:
+    return "{" + ",".join(map(str, xids)) + "}"
