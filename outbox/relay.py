@@ -19,7 +19,7 @@ from operator import itemgetter
 from typing import Any
 
 from outbox import position as positions
-from outbox.adopt import adopt_log
+from outbox.adoption import adopt_log
 from outbox.collapse import collapse
 from outbox.config import Config
 from outbox.dead_letter import DeadLetter

@@ -1,0 +1,65 @@
+"""Adoption: make every retained entry new, after the database lost its tail or became another cluster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import sql as psycopg_sql
+
+from outbox import sql
+from outbox.config import Config
+from outbox.database import connect, place, translated
+from outbox.errors import DatabaseUnavailableError
+from outbox.position import Position, floor_of
+from outbox.telemetry import emit
+
+log = logging.getLogger("outbox.adoption")
+
+
+def adopt_log(config: Config, *, expected_epoch: int, positions: Sequence[Position], from_system: str | None) -> int:
+    """Adopt the log, unless somebody did already; the epoch in force afterwards.
+
+    `positions` are those of all shards: new ids lie above the greatest of their anchors, the new epoch above theirs.
+    `from_system` is the cluster whose positions are given up, when a person decided that (None: the same cluster).
+
+    Waits for writers no longer than `lock_timeout`, a number of times; then raises `DatabaseUnavailableError`, and
+    the caller tries again.
+    """
+    where = place(config.database_url)
+    floor = floor_of(positions)
+    least_epoch = max((p.epoch for p in positions), default=0) + 1
+    query = sql.load("relay")["adopt"].replace("{schema}", psycopg_sql.Identifier(config.schema).as_string(None))
+    with connect(config.database_url, application_name="outbox-adopt", statement_timeout=0) as connection:
+        for attempt in range(1, config.lock_tries + 1):
+            try:
+                with translated(where), connection.transaction():
+                    connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+                    connection.execute(
+                        psycopg_sql.SQL("SET LOCAL lock_timeout = {}").format(
+                            psycopg_sql.Literal(round(config.lock_timeout * 1000))
+                        )
+                    )
+                    row = connection.execute(
+                        query.encode(),
+                        {"epoch": expected_epoch, "floor": floor, "least_epoch": least_epoch, "from_system": from_system},
+                    ).fetchone()
+                    return int(row[0]) if row else expected_epoch
+            except DatabaseUnavailableError as error:
+                if not isinstance(error.__cause__, (pg.LockNotAvailable, pg.DeadlockDetected)):
+                    raise
+                emit(log, "adoption.locked_out", attempt=attempt, tries=config.lock_tries, blockers=_blockers(connection))
+    raise DatabaseUnavailableError(
+        f"The outbox in {where} could not be adopted: a transaction that wrote entries stayed open.",
+        cure="Find it in pg_stat_activity or pg_prepared_xacts, and end it.",
+    )
+
+
+def _blockers(connection: psycopg.Connection[tuple[object, ...]]) -> int:
+    row = connection.execute(
+        "SELECT count(*) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation"
+        " WHERE c.relname LIKE 'entries%' AND l.mode = 'RowExclusiveLock' AND l.granted"
+    ).fetchone()
+    return int(str(row[0])) if row else 0
