@@ -1,0 +1,143 @@
+"""What one shard of the relay does in Kafka: one transaction a batch, with the position in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from outbox.config import Config
+from outbox.dead_letter import DeadLetter, entity_key
+from outbox.entity_type import EntityType
+from outbox.kafka import admin, positions, reader
+from outbox.kafka.names import dead_letters_topic, positions_topic, transactional_id
+from outbox.kafka.producer import TransactionalProducer
+from outbox.message import Message
+from outbox.topic import refusals
+
+# The client's own cap on one record; the topic's limit is what counts, and it is checked before.
+_MESSAGE_MAX_BYTES = 200_000_000
+_BATCH_SIZE = 1_000_000
+_POSITION_KEY = b"position"
+
+
+class ShardLog:
+    """The transactional producer of one shard, and what must be read beside it.
+
+    `check`, then `take`, then the reads, then transactions: `begin`, `send_...`, `send_position`, `commit`. After an
+    exception the object is discarded or, after a refusal, renewed. `limits` maps each state topic to its
+    `max.message.bytes`; filled by `check`.
+    """
+
+    def __init__(self, config: Config, name: str, shard: int, *, stop: Callable[[], bool]) -> None:
+        self._config = config
+        self._name = name
+        self._shard = shard
+        self._stop = stop
+        self._positions = positions_topic(name)
+        self._dead_letters = dead_letters_topic(name)
+        self._producer: TransactionalProducer | None = None
+        self._batch_size = _BATCH_SIZE
+        self.limits: dict[str, int] = {}
+
+    # -- before anything is written ----------------------------------------------------------------------------
+
+    def check(self, types: Mapping[str, EntityType], *, shards: int) -> None:
+        """Refuse topics that are missing or would lose data; `TopicError` with the command that mends it."""
+        names = {self._positions, self._dead_letters, *(t.topic for t in types.values())}
+        with admin.Admin(self._config.kafka_bootstrap_servers, self._config.kafka) as client:
+            topics = client.describe(names)
+        refusals(topics, types, positions=self._positions, dead_letters=self._dead_letters, shards=shards)
+        self.limits = {name: topic.max_message_bytes for name, topic in topics.items()}
+        # A batch is judged as a whole, after compression: it must fit into every topic it may go to.
+        batch_size = min(_BATCH_SIZE, *(limit - 1024 for limit in self.limits.values()))
+        if batch_size != self._batch_size:
+            self._batch_size = batch_size
+            if self._producer is not None:
+                self.renew()
+
+    # -- the producer ------------------------------------------------------------------------------------------
+
+    def take(self) -> None:
+        """Fence any other holder of this shard and end what it left open."""
+        self._producer = TransactionalProducer(
+            self._config.kafka_bootstrap_servers,
+            self._config.kafka,
+            transactional_id=transactional_id(self._name, self._shard),
+            transaction_timeout_ms=round(self._config.transaction_timeout * 1000),
+            batch_size=self._batch_size,
+            message_max_bytes=_MESSAGE_MAX_BYTES,
+            stop=self._stop,
+        )
+        self._producer.init()
+
+    def renew(self) -> None:
+        """Take a fresh producer: after a refusal the old one's sequence numbers are out of step."""
+        self.discard()
+        self.take()
+
+    def _open(self) -> TransactionalProducer:
+        if self._producer is None:
+            self.take()
+        assert self._producer is not None  # noqa: S101  take() sets it or raises
+        return self._producer
+
+    def begin(self) -> None:
+        """Begin a transaction."""
+        self._open().begin()
+
+    def send_all(self, messages: Sequence[Message]) -> None:
+        """Send state records; in order for each key."""
+        send = self._open().send
+        for topic, key, value, headers, created_ms, _ in messages:
+            send(topic, key, value, headers, created_ms)
+
+    def send_position(self, value: bytes) -> None:
+        """Send the position, to the shard's own partition."""
+        self._open().produce(self._positions, _POSITION_KEY, value, [], -1, self._shard)
+
+    def send_dead_letter(self, letter: DeadLetter) -> None:
+        """Send a dead letter, to the shard's own partition."""
+        key = entity_key(letter.type, letter.key)
+        self._open().produce(self._dead_letters, key, letter.encode(), [], -1, self._shard)
+
+    def clear_dead_letter(self, type_name: str, key: str) -> None:
+        """Remove an entity's dead letter: a later state supersedes it, or it was dropped."""
+        self._open().produce(self._dead_letters, entity_key(type_name, key), None, [], -1, self._shard)
+
+    def commit(self) -> None:
+        """Commit; the faults of `outbox.kafka.faults` say what else came of it."""
+        self._open().commit()
+
+    def discard(self) -> None:
+        """Throw the producer away, whatever state it is in."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.discard()
+
+    def close(self) -> None:
+        """Abort what is open and close."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.close()
+
+    # -- what was committed ------------------------------------------------------------------------------------
+
+    def read_position(self) -> bytes | None:
+        """The last committed position of this shard."""
+        return positions.read_last(
+            self._config.kafka_bootstrap_servers, self._config.kafka, self._positions, self._shard
+        )
+
+    def read_all_positions(self) -> list[bytes | None]:
+        """The last committed position of every shard."""
+        found = positions.read_all(self._config.kafka_bootstrap_servers, self._config.kafka, self._positions)
+        return list(found.values())
+
+    def read_dead_letters(self) -> Iterator[DeadLetter]:
+        """The dead letters of this shard."""
+        last: dict[bytes, bytes | None] = {}
+        for record in reader.read_topic(
+            self._config.kafka_bootstrap_servers, self._config.kafka, self._dead_letters, partitions=[self._shard]
+        ):
+            if record.key is not None:
+                last[record.key] = record.value
+        return (DeadLetter.decode(value) for value in last.values() if value is not None)
