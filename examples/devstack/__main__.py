@@ -2,7 +2,8 @@
 
 The servers outlive the command. What runs where is in `.stack/run/state.json`: an object with `boot` (which
 boot of the machine the process ids belong to) and, for `postgres` and `kafka`, `pid`, `started` (tells the
-process from a later one of the same id), `port`, `url` (Kafka's: its bootstrap servers), `log` and `directory`.
+process from a later one of the same id), `port`, `url` (Kafka's: its bootstrap servers), `log` and
+`directory`.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class State:
             pass
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ServerError(
-                f"{path} cannot be read ({error!r}): end the servers whose data is below {directory}, if they "
-                "still run, and remove that directory."
+                f"{path} cannot be read ({error!r}): end the servers whose data is below {directory}, "
+                "if they still run, and remove that directory."
             ) from error
         return cls(path, {name: service for name, service in services.items() if service.identity.alive()})
 

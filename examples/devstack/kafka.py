@@ -91,9 +91,7 @@ def new_cluster_id() -> str:
             return text
 
 
-def node_properties(
-    node: int, *, data: Path, port: int, controller_port: int, bootstrap: str
-) -> dict[str, str]:
+def node_properties(node: int, *, data: Path, port: int, controller_port: int, bootstrap: str) -> dict[str, str]:
     """What one node of a cluster needs to be broker and controller.
 
     `bootstrap` lists the controllers' `host:port`, comma separated: its own alone, or those of all nodes.
@@ -292,8 +290,7 @@ class Kafka:
             code = child.exit_code()
             if code is not None:
                 raise ServerError(
-                    f"Kafka ended at its start (exit code {code}). "
-                    f"The end of its log, {self.log}:\n{tail(self.log)}"
+                    f"Kafka ended at its start (exit code {code}). The end of its log, {self.log}:\n{tail(self.log)}"
                 )
             # A client only once the port is served: librdkafka's backoff would make the wait longer.
             if not port_is_free(self.port):

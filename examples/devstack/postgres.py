@@ -87,8 +87,8 @@ class Postgres:
       object.
     - `tied`: False lets the server outlive this process (`make up`).
 
-    As a context manager it starts, and stops fast at the end. Failures raise `ServerError` with the end of the
-    log.
+    As a context manager it starts, and stops fast at the end. Failures raise `ServerError` with the end of
+    the log.
     As root the server runs as `nobody`, since PostgreSQL refuses root.
     """
 
@@ -133,9 +133,7 @@ class Postgres:
     def child(self) -> Child:
         """The running server as a process. Raises `ServerError` when it does not run."""
         if self._child is None or self._child.exit_code() is not None:
-            raise ServerError(
-                f"The PostgreSQL server of {self.directory} does not run; its log is {self.log}."
-            )
+            raise ServerError(f"The PostgreSQL server of {self.directory} does not run; its log is {self.log}.")
         return self._child
 
     def url(self, dbname: str = "postgres", *, user: str = "postgres", password: str | None = None) -> str:

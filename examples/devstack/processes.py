@@ -59,9 +59,7 @@ def port_is_free(port: int) -> bool:
 def ports_before(directory: Path) -> Mapping[str, int]:
     """The ports that `remember_ports` wrote for the server of this directory; empty when there are none."""
     try:
-        return {
-            str(name): int(port) for name, port in json.loads((directory / "ports.json").read_text()).items()
-        }
+        return {str(name): int(port) for name, port in json.loads((directory / "ports.json").read_text()).items()}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -119,9 +117,7 @@ def start_time(pid: int) -> str | None:
     if HAS_PROC:
         fields = _stat(pid)
         return None if fields is None or fields[0] in "ZX" else fields[19]
-    shown = subprocess.run(
-        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
-    )
+    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return shown.stdout.strip() or None
 
 
@@ -206,9 +202,7 @@ class _Spawner:
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[
-            tuple[Callable[[], subprocess.Popen[bytes]], Future[subprocess.Popen[bytes]]]
-        ]
+        self._queue: SimpleQueue[tuple[Callable[[], subprocess.Popen[bytes]], Future[subprocess.Popen[bytes]]]]
         self._queue = SimpleQueue()
         threading.Thread(target=self._serve, name="devstack-spawner", daemon=True).start()
 
