@@ -44,13 +44,20 @@ def adopt_log(config: Config, *, expected_epoch: int, positions: Sequence[Positi
                     )
                     row = connection.execute(
                         query.encode(),
-                        {"epoch": expected_epoch, "floor": floor, "least_epoch": least_epoch, "from_system": from_system},
+                        {
+                            "epoch": expected_epoch,
+                            "floor": floor,
+                            "least_epoch": least_epoch,
+                            "from_system": from_system,
+                        },
                     ).fetchone()
                     return int(row[0]) if row else expected_epoch
             except DatabaseUnavailableError as error:
                 if not isinstance(error.__cause__, (pg.LockNotAvailable, pg.DeadlockDetected)):
                     raise
-                emit(log, "adoption.locked_out", attempt=attempt, tries=config.lock_tries, blockers=_blockers(connection))
+                emit(
+                    log, "adoption.locked_out", attempt=attempt, tries=config.lock_tries, blockers=_blockers(connection)
+                )
     raise DatabaseUnavailableError(
         f"The outbox in {where} could not be adopted: a transaction that wrote entries stayed open.",
         cure="Find it in pg_stat_activity or pg_prepared_xacts, and end it.",

@@ -140,9 +140,7 @@ class Reader:
                 connection.execute("SET plan_cache_mode = force_generic_plan")
                 connection.execute("SET jit = off")
                 if identity.doorbell:
-                    connection.execute(
-                        psycopg_sql.SQL("LISTEN {}").format(psycopg_sql.Identifier(self._config.schema))
-                    )
+                    connection.execute(psycopg_sql.SQL("LISTEN {}").format(psycopg_sql.Identifier(self._config.schema)))
         except BaseException:
             connection.close()
             raise
@@ -199,7 +197,9 @@ class Reader:
             system = connection.execute(cast("Any", self._sql["system"])).fetchone()
         except (pg.InsufficientPrivilege, pg.FeatureNotSupported, pg.UndefinedFunction):
             system = None
-        handed_out, greatest = cast("tuple[int, int]", connection.execute(cast("Any", self._sql["sequence"])).fetchone())
+        handed_out, greatest = cast(
+            "tuple[int, int]", connection.execute(cast("Any", self._sql["sequence"])).fetchone()
+        )
         if handed_out < greatest:
             raise UnsuitableServerError(
                 f"The id sequence of the outbox in {self._where} stands at {handed_out}, below the greatest entry id "
