@@ -1,4 +1,4 @@
-"""Lineage: does this database continue the log that a position describes?
+"""Lineage: whether a database continues the log that a position describes.
 
 Pure decisions; the reader brings what the database says, the relay does what is decided.
 """

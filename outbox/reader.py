@@ -190,7 +190,7 @@ class Reader:
             )
         if self._shard >= shards:
             raise WrongOutboxError(
-                f"The outbox in {self._where} has {shards} shard(s), numbered from 0; there is no shard {self._shard}.",
+                f"The outbox in {self._where} has {shards} shard(s), numbered from 0, and no shard {self._shard}.",
                 cure="Correct OUTBOX_SHARD (or --shard).",
             )
         try:
@@ -279,7 +279,8 @@ class Reader:
             time.monotonic() - began,
         )
 
-    def _query(self, name: str) -> Any:  # noqa: ANN401  psycopg takes only literal strings; these come from files
+    def _query(self, name: str) -> Any:
+        # psycopg takes only literal strings; these come from files.
         return self._sql[name]
 
     def _head(self, row: Sequence[Any]) -> tuple[Head, list[Request]]:
@@ -372,13 +373,17 @@ class Reader:
         """Sleep until somebody rings, `wake` is set, or the time is over; whether it was rung."""
         connection = self._open()
         with translated(self._where), selectors.DefaultSelector() as selector:
-            if any(True for _ in connection.notifies(timeout=0)):
+            if self._rung(connection):
                 return True
             selector.register(connection.fileno(), selectors.EVENT_READ)
             selector.register(wake.fileno(), selectors.EVENT_READ)
             if any(key.fd == connection.fileno() for key, _ in selector.select(seconds)):
-                return any(True for _ in connection.notifies(timeout=0))
+                return self._rung(connection)
         return False
+
+    @staticmethod
+    def _rung(connection: Connection) -> bool:
+        return len(list(connection.notifies(timeout=0))) > 0
 
     # -- the functions that the relay may call -----------------------------------------------------------------
 

@@ -69,7 +69,6 @@ class Step:
     more: bool = False
     caught_up: bool = False
     read_seconds: float = 0.0
-    produce_seconds: float = 0.0
     commit_seconds: float = 0.0
 
 
@@ -310,7 +309,7 @@ class Relay:
         value = kafka.read_position()
         holder = Position.decode(value).token if value is not None else None
         self._release()
-        if holder is not None and holder != self._token:
+        if holder not in {None, self._token}:
             raise FencedError(
                 f'Another relay took over shard {self._shard} of "{position.outbox}"; this one stops, having lost '
                 "nothing.",
@@ -409,7 +408,7 @@ class Relay:
             return self._nothing(batch)
         self._reader_shows_working()
         plan = self._plan(kafka, batch, open_requests)
-        produce_seconds = commit_seconds = 0.0
+        commit_seconds = 0.0
         begin, position, dead_letters = 0, batch.position, 0
         while True:
             # Normally one transaction takes the whole batch. After a refusal it is halved until the record that is
@@ -435,7 +434,7 @@ class Relay:
             begin += size
             self._slice = min(size * 2, len(plan.messages))
         self._slice = None
-        step = Step(
+        return Step(
             Did.PUBLISHED,
             entries=len(batch.entries),
             records=len(plan.messages) + len(plan.replayed),
@@ -443,10 +442,8 @@ class Relay:
             more=batch.cut,
             caught_up=not batch.cut and batch.position.cut is None,
             read_seconds=batch.seconds,
-            produce_seconds=produce_seconds,
             commit_seconds=commit_seconds,
         )
-        return step
 
     def _reader_shows_working(self) -> None:
         # Once a sleep, not once a batch: it is a statement of its own.
@@ -559,10 +556,7 @@ class Relay:
     ) -> Position:
         batch = plan.batch
         cut = batch.position.cut
-        if final:
-            after = batch.next()
-        else:
-            after = position.advanced(cut.to if cut else batch.head.point, upto)
+        after = batch.next() if final else position.advanced(cut.to if cut else batch.head.point, upto)
         done = position.cut.last_id if position.cut else 0
         taken = Counter(
             map(itemgetter(1), batch.entries)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from outbox.config import Config
+from outbox.kafka.names import dead_letters_topic, positions_topic, transactional_id
+from outbox.kafka.producer import TransactionalProducer
+from outbox.topic import refusals
+
 from outbox.dead_letter import DeadLetter, entity_key
 from outbox.entity_type import EntityType
 from outbox.kafka import admin, positions, reader
-from outbox.kafka.names import dead_letters_topic, positions_topic, transactional_id
-from outbox.kafka.producer import TransactionalProducer
 from outbox.message import Message
-from outbox.topic import refusals
 
 # The client's own cap on one record; the topic's limit is what counts, and it is checked before.
 _MESSAGE_MAX_BYTES = 200_000_000
