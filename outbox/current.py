@@ -7,8 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from outbox.errors import HeadersError
 
@@ -26,7 +25,7 @@ _CURE = 'Pass text by text, for example headers={"tenant": "7"}.'
 @dataclass(frozen=True, slots=True)
 class _Current:
     cause: str | None = None
-    headers: Mapping[str, str] = MappingProxyType({})
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 _NOTHING = _Current()

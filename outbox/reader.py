@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import selectors
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -197,14 +198,13 @@ class Reader:
             system = connection.execute(cast("Any", self._sql["system"])).fetchone()
         except (pg.InsufficientPrivilege, pg.FeatureNotSupported, pg.UndefinedFunction):
             system = None
-        handed_out, greatest = cast(
-            "tuple[int, int]", connection.execute(cast("Any", self._sql["sequence"])).fetchone()
-        )
+        sequence = connection.execute(cast("Any", self._sql["sequence"])).fetchone()
+        handed_out, greatest = sequence or (0, 0)
         if handed_out < greatest:
             raise UnsuitableServerError(
                 f"The id sequence of the outbox in {self._where} stands at {handed_out}, below the greatest entry id "
                 f"{greatest}: it is a copy, and newer entries may already have got smaller ids.",
-                cure="Stop the writers of the copy, then: outbox adopt. Run outbox reconcile for every type afterwards.",
+                cure="Stop the writers of the copy, then: outbox adopt.",
             )
         return Identity(name, shards, doorbell, retention, system[0] if system else None)
 
@@ -413,11 +413,9 @@ class Wake:
     """Ends a wait from another thread or a signal handler."""
 
     def __init__(self) -> None:
-        import socket  # noqa: PLC0415  only a process that waits needs it
-
         self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._reader.setblocking(False)
+        for end in (self._reader, self._writer):
+            end.settimeout(0)
         self._event = threading.Event()
 
     def fileno(self) -> int:

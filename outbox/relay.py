@@ -372,7 +372,7 @@ class Relay:
 
     def _say_timeline(self, batch: Batch) -> None:
         head, position = batch.head, batch.position
-        if head.timeline != position.timeline and self._timeline_said != head.timeline:
+        if head.timeline not in {position.timeline, self._timeline_said}:
             self._timeline_said = head.timeline
             emit(log, "relay.timeline", shard=self._shard, before=position.timeline, now=head.timeline)
 

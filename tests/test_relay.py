@@ -1,0 +1,337 @@
+"""The relay on real servers: exactly once, in order, whatever comes."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import psycopg
+import pytest
+
+from consume import entry_id, live, records, seen
+from devstack.kafka import Kafka
+from relays import RelayProcess, environment, eventually, must, outbox
+from workload import Writers, committed_ids, judge
+
+pytestmark = [pytest.mark.postgres, pytest.mark.kafka, pytest.mark.acceptance]
+
+
+@dataclass
+class Road:
+    """An outbox and its topics: everything but the relay."""
+
+    url: str
+    name: str
+    env: dict[str, str]
+    kafka: Kafka
+    directory: Path
+
+    @property
+    def topic(self) -> str:
+        """The topic of the entity type `thing`."""
+        return f"{self.name}.thing"
+
+    def add_type(self, name: str, *options: str) -> str:
+        """Register an entity type and make its topic; the topic's name."""
+        topic = f"{self.name}.{name}"
+        must(self.env, "types", "add", name, "--topic", topic, *options)
+        must(self.env, "topics", "apply", "--yes")
+        return topic
+
+    def relay(self, *arguments: str, **settings: object) -> RelayProcess:
+        """Start a relay."""
+        more = {f"OUTBOX_{key.upper()}": str(value) for key, value in settings.items()}
+        log = self.directory / f"relay-{random.randrange(10**9)}.log"
+        return RelayProcess({**self.env, **more}, log, arguments)
+
+    def drain(self, **settings: object) -> None:
+        """Publish all that is committed."""
+        more = {f"OUTBOX_{key.upper()}": str(value) for key, value in settings.items()}
+        must({**self.env, **more}, "relay", "--until-caught-up", seconds=120)
+
+    def sql(self, *statements: str) -> None:
+        """Run statements in one transaction."""
+        with psycopg.connect(self.url) as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
+
+
+@pytest.fixture
+def road(make_outbox: Callable[..., str], outbox_name: str, kafka: Kafka, tmp_path: Path) -> Road:
+    """An outbox with its own topics, without entity types."""
+    url = make_outbox()
+    env = environment(url, kafka.bootstrap)
+    return Road(url, outbox_name, env, kafka, tmp_path)
+
+
+def test_a_change_becomes_a_record_with_key_value_time_and_one_header(road: Road) -> None:
+    """The contract: key in UTF-8, the state's bytes, created-at, `outbox-id`."""
+    topic = road.add_type("user")
+    road.sql("""SELECT outbox.put('user', 'Zoë', '{"name": "Zoë"}')""")
+    road.drain()
+    (record,) = records(road.kafka, topic)
+    assert record.key == "Zoë".encode()
+    assert record.value is not None
+    assert orjson.loads(record.value) == {"name": "Zoë"}
+    assert [name for name, _ in record.headers] == ["outbox-id"]
+    with psycopg.connect(road.url) as connection:
+        row = connection.execute(
+            "SELECT id, floor(extract(epoch FROM created_at) * 1000)::bigint FROM outbox.entries"
+        ).fetchone()
+    assert row == (entry_id(record), record.timestamp_ms)
+
+
+def test_draining_twice_publishes_once(road: Road) -> None:
+    """The position in Kafka is the truth; nothing in the database says what was published."""
+    topic = road.add_type("user")
+    road.sql("SELECT outbox.put('user', n::text, '{}') FROM generate_series(1, 100) n")
+    road.drain()
+    road.drain()
+    assert len(records(road.kafka, topic)) == 100
+
+
+def test_tombstones_end_what_was_deleted(road: Road) -> None:
+    """Delete, delete then re-create, create then delete between two batches."""
+    topic = road.add_type("user")
+    road.sql("SELECT outbox.put('user', k, '1') FROM unnest(ARRAY['gone', 'back', 'stays']) k")
+    road.drain()
+    road.sql(
+        "SELECT outbox.delete('user', 'gone')",
+        "SELECT outbox.delete('user', 'back')",
+        "SELECT outbox.put('user', 'back', '2')",
+        "SELECT outbox.put('user', 'never', '1')",
+        "SELECT outbox.delete('user', 'never')",
+    )
+    road.drain()
+    assert live(road.kafka, topic).json == {"back": 2, "stays": 1}
+    never = [record for record in records(road.kafka, topic) if record.key == b"never"]
+    assert [record.value for record in never] == [None]
+
+
+def test_a_hot_key_leads_to_few_records_and_with_collapse_off_to_each(road: Road) -> None:
+    """10,000 changes of one key."""
+    hot = road.add_type("hot")
+    every = road.add_type("every", "--no-collapse", "--partitions", "1")
+    road.sql(
+        "SELECT outbox.put('hot', 'one', to_jsonb(n)) FROM generate_series(1, 10000) n",
+        "SELECT outbox.put('every', 'one', to_jsonb(n)) FROM generate_series(1, 10000) n",
+    )
+    road.drain(batch_rows=2000)
+    assert len(records(road.kafka, hot)) <= 10
+    assert live(road.kafka, hot).json == {"one": 10000}
+    values = [orjson.loads(record.value or b"0") for record in records(road.kafka, every)]
+    assert values == list(range(1, 10001))
+
+
+def test_one_oversized_and_one_refused_entry_among_ten_thousand(road: Road) -> None:
+    """The others arrive; the two are dead-lettered, and published when the limits are raised and a retry is asked."""
+    topic = road.add_type("thing", "--max-bytes", "20000", "--topic-setting", "message.timestamp.before.max.ms=3600000")
+    road.sql(
+        """INSERT INTO outbox.entries (type, key, state, created_at)
+           SELECT 'thing', n::text, CASE n WHEN 3333 THEN repeat('x', 60000)::bytea ELSE '{"n": 1}'::bytea END,
+                  CASE n WHEN 6666 THEN now() - interval '2 hours' ELSE now() END
+           FROM generate_series(1, 10000) n"""
+    )
+    road.drain()
+    keys = {(record.key or b"").decode() for record in records(road.kafka, topic)}
+    assert len(records(road.kafka, topic)) == 9998
+    assert keys == {str(n) for n in range(1, 10001)} - {"3333", "6666"}
+    letters = orjson.loads(must(road.env, "dead-letters", "list", "--json"))
+    assert {(letter["key"], letter["reason"]) for letter in letters} == {("3333", "too-large"), ("6666", "refused")}
+
+    must(road.env, "types", "change", "thing", "--max-bytes", "100000")
+    must(road.env, "types", "change", "thing", "--topic-setting", "message.timestamp.before.max.ms=9223372036854775807")
+    must(road.env, "topics", "apply", "--yes")
+    with road.relay() as relay:
+        relay.wait_event("relay.holds")
+        must(road.env, "dead-letters", "retry", "--all", "--yes")
+        eventually(lambda: len(records(road.kafka, topic)) == 10000)
+        eventually(lambda: orjson.loads(must(road.env, "dead-letters", "list", "--json")) == [])
+        relay.stop()
+    assert set(Counter(record.key for record in records(road.kafka, topic)).values()) == {1}
+
+
+def test_a_later_state_supersedes_a_dead_letter(road: Road) -> None:
+    """What is published afterwards is newer: the letter has nothing to say any more."""
+    topic = road.add_type("thing", "--max-bytes", "20000")
+    road.sql("INSERT INTO outbox.entries (type, key, state) VALUES ('thing', '1', repeat('x', 60000)::bytea)")
+    road.drain()
+    assert len(orjson.loads(must(road.env, "dead-letters", "list", "--json"))) == 1
+    road.sql("SELECT outbox.put('thing', '1', '{}')")
+    road.drain()
+    assert orjson.loads(must(road.env, "dead-letters", "list", "--json")) == []
+    assert live(road.kafka, topic).json == {"1": {}}
+
+
+def test_kill_9_at_random_moments_while_writers_write(road: Road) -> None:
+    """A `read_committed` consumer sees each published version once, in order, and ends at the table's state."""
+    topic = road.add_type("thing", "--no-collapse")
+    road.sql("CREATE TABLE thing (key text PRIMARY KEY, version bigint DEFAULT 0, alive boolean DEFAULT true)")
+    road.sql("INSERT INTO thing (key) SELECT 'k' || n FROM generate_series(1, 20) n")
+    chance = random.Random(7)
+    kills = 0
+    with (
+        Writers(road.url, keys=20, count=6, transactions=200, deletes=True) as writers,
+        road.relay(batch_rows=50) as relay,
+    ):
+        while writers.running or kills < 8:
+            relay.wait_event("relay.holds", count=kills + 1)
+            before = len(committed_ids(road.url))
+            target = before + chance.randint(0, 150)
+            eventually(lambda target=target: not writers.running or len(committed_ids(road.url)) >= target)  # type: ignore[misc]  # bound now
+            relay.kill()
+            kills += 1
+            relay.start()
+        writers.join()
+        relay.wait_event("relay.holds", count=kills + 1)
+        assert relay.stop() == 0
+    road.drain()
+    assert kills >= 8
+    judgement = judge(committed_ids(road.url), seen(road.kafka, topic))
+    assert judgement.right, judgement
+    with psycopg.connect(road.url) as connection:
+        table = dict(connection.execute("SELECT key, version FROM thing WHERE alive AND version > 0").fetchall())
+    assert {key: value["version"] for key, value in live(road.kafka, topic).json.items()} == table  # type: ignore[index]  # a state of Writers
+
+
+def test_a_second_relay_ends_the_first_with_a_message(road: Road) -> None:
+    """The first is fenced; it says so, exits 75, and nothing is doubled."""
+    topic = road.add_type("user")
+    with road.relay() as first:
+        first.wait_event("relay.holds")
+        road.sql("SELECT outbox.put('user', '1', '{}')")
+        eventually(lambda: len(records(road.kafka, topic)) == 1)
+        with road.relay() as second:
+            second.wait_event("relay.holds")
+            road.sql("SELECT outbox.put('user', '2', '{}')")
+            assert first.process.wait(30) == 75
+            assert "took over" in first.log.read_text()
+            eventually(lambda: len(records(road.kafka, topic)) == 2)
+            assert second.stop() == 0
+
+
+def test_a_stall_beyond_the_transactions_time_limit_goes_on_by_itself(road: Road) -> None:
+    """Kafka says `fenced` for it too; the position shows that nobody else came."""
+    topic = road.add_type("user")
+    with road.relay(transaction_timeout=2, batch_rows=500) as relay:
+        relay.wait_event("relay.holds")
+        road.sql("SELECT outbox.put('user', n::text, '{}') FROM generate_series(1, 20000) n")
+        relay.process.send_signal(signal.SIGSTOP)
+        # Frozen, perhaps within a transaction: the coordinator ends that after its time limit.
+        with psycopg.connect(road.url) as clock:
+            clock.execute("SELECT pg_sleep(6)")
+        relay.process.send_signal(signal.SIGCONT)
+        road.sql("SELECT outbox.put('user', 'last', '{}')")
+        eventually(lambda: "last" in live(road.kafka, topic).values, seconds=60)
+        assert relay.stop() == 0
+    assert len(records(road.kafka, topic)) == 20001
+
+
+def test_sigterm_ends_it_in_order_and_within_seconds(road: Road) -> None:
+    """Also while it is busy: the batch is finished or aborted."""
+    topic = road.add_type("user")
+    road.sql("SELECT outbox.put('user', n::text, '{}') FROM generate_series(1, 30000) n")
+    with road.relay(batch_rows=500) as relay:
+        relay.wait_event("relay.holds")
+        assert relay.stop(seconds=10) == 0
+    road.drain()
+    assert len(records(road.kafka, topic)) == 30000
+
+
+def test_the_doorbell_wakes_a_sleeping_relay(road: Road) -> None:
+    """With a polling floor of an hour only the bell can have done it."""
+    topic = road.add_type("user")
+    with road.relay(poll_interval=3600) as relay:
+        relay.wait_event("relay.holds")
+        for number in range(1, 21):
+            road.sql(f"SELECT outbox.put('user', '{number}', '{{}}')")
+            eventually(lambda number=number: len(records(road.kafka, topic)) == number)  # type: ignore[misc]  # bound now
+        assert relay.stop() == 0
+
+
+def test_a_missing_topic_and_one_that_is_not_compacted_are_refused_with_the_command(road: Road) -> None:
+    """A topic that deletes would lose every entity that does not change for a week."""
+    must(road.env, "types", "add", "user", "--topic", f"{road.name}.user")
+    missing = outbox(road.env, "relay", "--until-caught-up")
+    assert missing.returncode == 78
+    assert "outbox topics apply" in missing.stderr
+    must(road.env, "topics", "apply", "--yes")
+    road.kafka.tool(
+        "org.apache.kafka.tools.ConfigCommand", "--bootstrap-server", road.kafka.bootstrap, "--alter",
+        "--topic", f"{road.name}.user", "--add-config", "cleanup.policy=delete",
+    )  # fmt: skip
+    deleting = outbox(road.env, "relay", "--until-caught-up")
+    assert deleting.returncode == 78
+    assert "cleanup.policy" in deleting.stderr
+
+
+def test_a_lost_tail_is_adopted_by_itself_and_published_again_under_new_ids(road: Road) -> None:
+    """The anchor's row is gone: every retained entry is new, in a new epoch; said, and no older state stays last."""
+    topic = road.add_type("thing")
+    states = "SELECT outbox.put('thing', n::text, to_jsonb(n)) FROM generate_series(1, 50) n"
+    road.sql(states)
+    road.drain()
+    greatest = max(entry_id(record) for record in records(road.kafka, topic))
+    # The same as a fail-over to a standby that misses the tail: the last entries are not there.
+    road.sql("DELETE FROM outbox.entries WHERE id > 40", "SELECT setval('outbox.entries_id_seq', 40)")
+    road.sql("SELECT outbox.put('thing', '7', '700')")
+    with road.relay() as relay:
+        relay.wait_event("relay.adopted")
+        eventually(lambda: live(road.kafka, topic).json.get("7") == 700)
+        relay.stop()
+    again = [record for record in records(road.kafka, topic) if entry_id(record) > greatest]
+    assert len(again) == 40
+    with psycopg.connect(road.url) as connection:
+        assert connection.execute("SELECT epoch FROM outbox.settings").fetchone() == (2,)
+    road.drain()
+    assert len(records(road.kafka, topic)) == 90
+
+
+def test_with_on_lost_tail_stop_a_person_decides(road: Road) -> None:
+    """The relay stops with exit code 76 and names `outbox adopt`."""
+    road.add_type("thing")
+    road.sql("SELECT outbox.put('thing', n::text, to_jsonb(n)) FROM generate_series(1, 5) n")
+    road.drain()
+    road.sql("DELETE FROM outbox.entries WHERE id = 5")
+    stopped = outbox({**road.env, "OUTBOX_ON_LOST_TAIL": "stop"}, "relay", "--until-caught-up")
+    assert stopped.returncode == 76
+    assert "outbox adopt" in stopped.stderr
+
+
+def test_deleted_keys_are_gone_after_compaction_has_really_run(road: Road) -> None:
+    """Compaction leaves every live key's last state and, in the end, no trace of a deleted one."""
+    topic = road.add_type(
+        "thing", "--partitions", "1",
+        *(part for setting in ("segment.ms=200", "min.cleanable.dirty.ratio=0.001", "min.compaction.lag.ms=0",
+                               "delete.retention.ms=0", "max.compaction.lag.ms=500")
+          for part in ("--topic-setting", setting)),
+    )  # fmt: skip
+    for _ in range(3):
+        road.sql("SELECT outbox.put('thing', n::text, to_jsonb(n)) FROM generate_series(1, 100) n")
+        road.drain()
+    road.sql("SELECT outbox.delete('thing', n::text) FROM generate_series(1, 50) n")
+    road.drain()
+    expected = {str(n).encode() for n in range(51, 101)}
+
+    def compacted() -> bool:
+        # A later record rolls the segment: the active one is never compacted.
+        road.sql("SELECT outbox.put('thing', '100', '100')")
+        road.drain()
+        return {record.key for record in records(road.kafka, topic)} == expected
+
+    eventually(compacted, seconds=120, what="compaction")
+    assert live(road.kafka, topic).json == {str(n): n for n in range(51, 101)}
+
+
+def test_two_types_of_one_batch_go_to_their_own_topics(road: Road) -> None:
+    """The topic says the type."""
+    first, second = road.add_type("a"), road.add_type("b")
+    make = "SELECT outbox.put(t, n::text, to_jsonb(n)) FROM unnest(ARRAY['a', 'b']) t, generate_series(1, 10) n"
+    road.sql(make)
+    road.drain()
+    assert len(records(road.kafka, first)) == len(records(road.kafka, second)) == 10
