@@ -1,7 +1,7 @@
 -- Removes everything that version 1 made. The schema itself goes with outbox/schema.py, if it is empty then.
 DROP FUNCTION {schema}.prune_slot(smallint, jsonb)
 --;
-DROP FUNCTION {schema}.adopt(bigint, bigint, bigint)
+DROP FUNCTION {schema}.adopt(bigint, bigint, bigint, text)
 --;
 DROP FUNCTION {schema}.lock(text, text)
 --;

@@ -25,6 +25,8 @@ CREATE TABLE {schema}.settings (
     removed_id     bigint      NOT NULL DEFAULT 0,
     -- Counts every change of entity_types: the relay reads them again when it grows.
     types_version  bigint      NOT NULL DEFAULT 1,
+    -- The system identifier of the cluster whose positions a person gave up when the log was last adopted.
+    adopted_from   text,
     created_at     timestamptz NOT NULL DEFAULT now(),
     -- The ring must be longer than what it retains, or the clock comes round to a slot that is still kept.
     CONSTRAINT retention_fits_the_ring
@@ -227,8 +229,10 @@ CREATE FUNCTION {schema}.lock(type text, key text) RETURNS void LANGUAGE sql VOL
 --   expected_epoch  the epoch that the caller saw; another one: somebody adopted already, nothing is done
 --   floor           the greatest anchor of all shards: new ids are above it
 --   least_epoch     the new epoch is at least this (a restored database may be behind the positions)
+--   from_system     the cluster whose positions are given up, when a person decided so; null: the same cluster
 -- Returns the epoch in force. READ COMMITTED only: the entries must be read after the lock was taken.
-CREATE FUNCTION {schema}.adopt(expected_epoch bigint, floor bigint, least_epoch bigint DEFAULT 0)
+CREATE FUNCTION {schema}.adopt(expected_epoch bigint, floor bigint, least_epoch bigint DEFAULT 0,
+                               from_system text DEFAULT NULL)
     RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
     now_epoch bigint;
@@ -255,7 +259,8 @@ BEGIN
     UPDATE {schema}.entries e SET id = r.new_id, xid = pg_current_xact_id() FROM renumbered r WHERE e.id = r.id;
     GET DIAGNOSTICS taken = ROW_COUNT;
     PERFORM setval(seq, base + taken + 1, false);
-    UPDATE {schema}.settings SET epoch = greatest(now_epoch + 1, least_epoch) RETURNING epoch INTO now_epoch;
+    UPDATE {schema}.settings SET epoch = greatest(now_epoch + 1, least_epoch), adopted_from = from_system
+        RETURNING epoch INTO now_epoch;
     RETURN now_epoch;
 END
 $body$
