@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from outbox.config import Config
-from outbox.kafka.names import dead_letters_topic, positions_topic, transactional_id
-from outbox.kafka.producer import TransactionalProducer
-from outbox.topic import refusals
-
 from outbox.dead_letter import DeadLetter, entity_key
 from outbox.entity_type import EntityType
-from outbox.kafka import admin, positions, reader
+from outbox.kafka import reader
+from outbox.kafka.admin import Admin
+from outbox.kafka.names import dead_letters_topic, positions_topic, transactional_id
+from outbox.kafka.producer import TransactionalProducer
 from outbox.message import Message
+from outbox.topic import refusals
 
 # The client's own cap on one record; the topic's limit is what counts, and it is checked before.
 _MESSAGE_MAX_BYTES = 200_000_000
@@ -44,7 +44,7 @@ class ShardLog:
     def check(self, types: Mapping[str, EntityType], *, shards: int) -> None:
         """Refuse topics that are missing or would lose data; `TopicError` with the command that mends it."""
         names = {self._positions, self._dead_letters, *(t.topic for t in types.values())}
-        with admin.Admin(self._config.kafka_bootstrap_servers, self._config.kafka) as client:
+        with Admin(self._config.kafka_bootstrap_servers, self._config.kafka) as client:
             topics = client.describe(names)
         refusals(topics, types, positions=self._positions, dead_letters=self._dead_letters, shards=shards)
         self.limits = {name: topic.max_message_bytes for name, topic in topics.items()}
@@ -93,16 +93,16 @@ class ShardLog:
 
     def send_position(self, value: bytes) -> None:
         """Send the position, to the shard's own partition."""
-        self._open().produce(self._positions, _POSITION_KEY, value, [], -1, self._shard)
+        self._open().send_to(self._positions, self._shard, _POSITION_KEY, value)
 
     def send_dead_letter(self, letter: DeadLetter) -> None:
         """Send a dead letter, to the shard's own partition."""
         key = entity_key(letter.type, letter.key)
-        self._open().produce(self._dead_letters, key, letter.encode(), [], -1, self._shard)
+        self._open().send_to(self._dead_letters, self._shard, key, letter.encode())
 
     def clear_dead_letter(self, type_name: str, key: str) -> None:
         """Remove an entity's dead letter: a later state supersedes it, or it was dropped."""
-        self._open().produce(self._dead_letters, entity_key(type_name, key), None, [], -1, self._shard)
+        self._open().send_to(self._dead_letters, self._shard, entity_key(type_name, key), None)
 
     def commit(self) -> None:
         """Commit; the faults of `outbox.kafka.faults` say what else came of it."""
@@ -124,14 +124,14 @@ class ShardLog:
 
     def read_position(self) -> bytes | None:
         """The last committed position of this shard."""
-        return positions.read_last(
+        record = reader.read_last(
             self._config.kafka_bootstrap_servers, self._config.kafka, self._positions, self._shard
         )
+        return record.value if record is not None else None
 
     def read_all_positions(self) -> list[bytes | None]:
         """The last committed position of every shard."""
-        found = positions.read_all(self._config.kafka_bootstrap_servers, self._config.kafka, self._positions)
-        return list(found.values())
+        return read_positions(self._config, self._name)
 
     def read_dead_letters(self) -> Iterator[DeadLetter]:
         """The dead letters of this shard."""
@@ -142,3 +142,11 @@ class ShardLog:
             if record.key is not None:
                 last[record.key] = record.value
         return (DeadLetter.decode(value) for value in last.values() if value is not None)
+
+
+def read_positions(config: Config, name: str) -> list[bytes | None]:
+    """The last committed position of every shard, by shard; None for one that has none."""
+    topic = positions_topic(name)
+    servers = (config.kafka_bootstrap_servers, config.kafka)
+    found = [reader.read_last(*servers, topic, shard) for shard in range(reader.partition_count(*servers, topic))]
+    return [record.value if record is not None else None for record in found]

@@ -1,0 +1,95 @@
+"""What can go wrong in a Kafka transaction, in the few kinds that the relay treats differently."""
+
+from __future__ import annotations
+
+from confluent_kafka import KafkaError, KafkaException
+
+from outbox.errors import BrokerError, BrokerUnavailableError, OutboxError, TopicError
+
+
+class Fault(Exception):  # noqa: N818  it is not an error for a person: the relay decides what it means
+    """Root of what the relay mends by itself; `code` is librdkafka's name of the error."""
+
+    def __init__(self, error: KafkaError) -> None:
+        super().__init__(f"{error.name()}: {error.str()}")
+        self.code = error.name()
+
+
+class Fenced(Fault):
+    """The producer is dead: another holder came, or the transaction outlived its time. The position tells which."""
+
+
+class Refused(Fault):
+    """The broker refused a record; every record of its batch carries the error. Halve, with a fresh producer."""
+
+
+class Aborted(Fault):
+    """The transaction must be aborted; nothing of it was published. A fresh producer goes on."""
+
+
+class Unknown(Fault):
+    """Whether the transaction was committed is not known. The position tells."""
+
+
+_FENCED = {
+    KafkaError._FENCED,  # noqa: SLF001  librdkafka's local codes are named so
+    KafkaError.INVALID_PRODUCER_EPOCH,
+    KafkaError.PRODUCER_FENCED,
+}
+_REFUSED = {
+    KafkaError.MSG_SIZE_TOO_LARGE,
+    KafkaError.INVALID_RECORD,
+    KafkaError.INVALID_TIMESTAMP,
+    KafkaError.INVALID_MSG,
+    KafkaError.RECORD_LIST_TOO_LARGE,
+    KafkaError.POLICY_VIOLATION,
+}
+_DENIED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError._AUTHENTICATION,  # noqa: SLF001  as above
+}
+_NO_TOPIC = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001  as above
+    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001  as above
+}
+
+
+def error_of(exception: KafkaException) -> KafkaError:
+    """The error that an exception carries."""
+    error: KafkaError = exception.args[0]
+    return error
+
+
+def translate(error: KafkaError, *, committing: bool = False) -> Fault | OutboxError:
+    """The fault or error for one of librdkafka's; while committing, what is not known to have failed is unknown."""
+    code = error.code()
+    if code in _FENCED or error.fatal():
+        return Fenced(error)
+    if code in _REFUSED:
+        return Refused(error)
+    if code in _DENIED:
+        return BrokerError(
+            f"Kafka denied it: {error.str()}.",
+            cure="Check the credentials in the table [kafka] of outbox.toml, and the ACLs of docs/operations.md.",
+        )
+    if code in _NO_TOPIC:
+        return TopicError(f"A topic is missing: {error.str()}.", cure="Make it: outbox topics apply.")
+    if error.txn_requires_abort():
+        return Aborted(error)
+    if committing:
+        return Unknown(error)
+    return unavailable(error)
+
+
+def unavailable(error: KafkaError | None) -> BrokerUnavailableError:
+    """The error for a broker that does not answer."""
+    said = f": {error.str()}" if error is not None else ""
+    return BrokerUnavailableError(
+        f"Kafka does not answer{said}.",
+        cure="Check that it runs and that OUTBOX_KAFKA_BOOTSTRAP_SERVERS points at it.",
+    )

@@ -1,0 +1,167 @@
+"""Reading a topic to its end, as a `read_committed` consumer sees it.
+
+The end is asked for: the last offsets of a transactional topic are control records, or records of an aborted
+transaction, which no consumer ever receives.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from outbox.errors import OutboxError, TopicError
+from outbox.kafka.client import ANSWER_SECONDS, properties
+from outbox.kafka.faults import Fault, error_of, translate, unavailable
+
+_WINDOW = 200
+
+
+class Record(NamedTuple):
+    """One record. `timestamp_ms`: milliseconds since 1970; `value` None is a tombstone."""
+
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+def read_topic(
+    bootstrap: str,
+    passthrough: Mapping[str, str],
+    topic: str,
+    *,
+    partitions: Sequence[int] | None = None,
+) -> Iterator[Record]:
+    """Read a topic (some of its partitions) from the start to the end as it is now.
+
+    Bounded memory: records come as they are fetched. Raises `TopicError` when there is no such topic,
+    `BrokerUnavailableError` when Kafka stops answering.
+    """
+    with _admin(bootstrap, passthrough) as admin:
+        chosen = list(partitions) if partitions is not None else _partitions(admin, topic)
+        ends = _offsets(admin, topic, chosen, OffsetSpec.latest())
+        starts = _offsets(admin, topic, chosen, OffsetSpec.earliest())
+    yield from _read(bootstrap, passthrough, topic, {p: OFFSET_BEGINNING for p in chosen if starts[p] < ends[p]}, ends)
+
+
+def read_last(bootstrap: str, passthrough: Mapping[str, str], topic: str, partition: int) -> Record | None:
+    """The last committed record of a partition; None when there is none.
+
+    Reads backwards in growing windows: the last offsets may all belong to aborted transactions.
+    """
+    with _admin(bootstrap, passthrough) as admin:
+        end = _offsets(admin, topic, [partition], OffsetSpec.latest())[partition]
+        begin = _offsets(admin, topic, [partition], OffsetSpec.earliest())[partition]
+    window, upto = _WINDOW, end
+    while upto > begin:
+        since = max(begin, upto - window)
+        last: Record | None = None
+        for record in _read(bootstrap, passthrough, topic, {partition: since}, {partition: upto}):
+            last = record
+        if last is not None:
+            return last
+        upto, window = since, window * 8
+    return None
+
+
+def partition_count(bootstrap: str, passthrough: Mapping[str, str], topic: str) -> int:
+    """How many partitions a topic has."""
+    with _admin(bootstrap, passthrough) as admin:
+        return len(_partitions(admin, topic))
+
+
+def _read(
+    bootstrap: str,
+    passthrough: Mapping[str, str],
+    topic: str,
+    starts: Mapping[int, int],
+    ends: Mapping[int, int],
+) -> Iterator[Record]:
+    open_partitions = set(starts)
+    if not open_partitions:
+        return
+    consumer = Consumer(
+        {
+            "fetch.wait.max.ms": 20,
+            "fetch.error.backoff.ms": 50,
+            **properties(bootstrap, passthrough),
+            # Never joined and never committed to; librdkafka wants one.
+            "group.id": f"outbox-reader-{uuid.uuid4().hex}",
+            "enable.auto.commit": False,
+            "auto.offset.reset": "error",
+            "isolation.level": "read_committed",
+            "enable.partition.eof": True,
+        }
+    )
+    try:
+        consumer.assign([TopicPartition(topic, p, offset) for p, offset in starts.items()])
+        heard = time.monotonic()
+        while open_partitions:
+            messages = consumer.consume(1000, 0.5)
+            if messages:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > ANSWER_SECONDS:
+                raise unavailable(None)
+            for message in messages:
+                partition = message.partition()
+                error = message.error()
+                if error is not None:
+                    if error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001  librdkafka's local codes are named so
+                        raise _person(error)
+                    # Also an end that lies beyond the last record that anybody receives.
+                    if message.offset() >= ends[partition]:
+                        open_partitions.discard(partition)
+                    continue
+                offset = message.offset()
+                if offset >= ends[partition]:
+                    open_partitions.discard(partition)
+                    continue
+                if partition in open_partitions:
+                    yield Record(
+                        partition,
+                        offset,
+                        message.timestamp()[1],
+                        message.key(),
+                        message.value(),
+                        message.headers() or (),
+                    )
+                if offset == ends[partition] - 1:
+                    open_partitions.discard(partition)
+    except KafkaException as exception:
+        raise _person(error_of(exception)) from exception
+    finally:
+        consumer.close()
+
+
+@contextmanager
+def _admin(bootstrap: str, passthrough: Mapping[str, str]) -> Iterator[AdminClient]:
+    try:
+        yield AdminClient(properties(bootstrap, passthrough))
+    except KafkaException as exception:
+        raise _person(error_of(exception)) from exception
+
+
+def _partitions(admin: AdminClient, topic: str) -> list[int]:
+    found = admin.list_topics(topic, timeout=ANSWER_SECONDS).topics[topic]
+    if found.error is not None:
+        raise TopicError(f"There is no topic {topic}.", cure="Make it: outbox topics apply.")
+    return sorted(found.partitions)
+
+
+def _offsets(admin: AdminClient, topic: str, partitions: Sequence[int], spec: Any) -> dict[int, int]:
+    asked = {TopicPartition(topic, partition): spec for partition in partitions}
+    futures = admin.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ANSWER_SECONDS)
+    return {found.partition: future.result().offset for found, future in futures.items()}
+
+
+def _person(error: KafkaError) -> OutboxError:
+    found = translate(error)
+    return unavailable(error) if isinstance(found, Fault) else found

@@ -1,0 +1,95 @@
+"""The catalogue of log events: each with its level, its meaning and its fields.
+
+docs/telemetry.md is compared with it by a test. An event that is not in it cannot be logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One kind of log line. `text` is the line for people; the names in braces are its fields."""
+
+    level: int
+    text: str
+    meaning: str
+
+
+EVENTS: Mapping[str, Event] = {
+    "relay.started": Event(logging.INFO, "relay {version} starts: {place}, {kafka}", "The relay process has started."),
+    "relay.holds": Event(
+        logging.INFO,
+        'holds shard {shard} of "{outbox}" (epoch {epoch})',
+        "The relay has fenced any other holder and read the position; it publishes from now on. `token` names it in "
+        "the position.",
+    ),
+    "relay.new_log": Event(
+        logging.WARNING,
+        "shard {shard} has no position: the retained log is published from its start (ids above {removed_id})",
+        "The first start of an outbox; or the positions topic was lost.",
+    ),
+    "relay.published": Event(
+        logging.DEBUG,
+        "published {entries} entries as {records} records ({dead} dead letters) in {read_seconds:.3f} + "
+        "{commit_seconds:.3f} s",
+        "One batch, one Kafka transaction. Seconds of reading, and of producing and committing.",
+    ),
+    "relay.waiting": Event(
+        logging.WARNING,
+        "waiting for {what}: {error} {cure}",
+        "A server is away; said once, tried again with growing pauses. `what` is `database` or `kafka`.",
+    ),
+    "relay.resumed": Event(logging.INFO, "{what} is back; going on", "The server answers again."),
+    "relay.aborted": Event(
+        logging.WARNING,
+        "a transaction was aborted, nothing of it was published; trying again: {reason}",
+        "Kafka gave a transaction up; the batch is published again from the position.",
+    ),
+    "relay.hold_in_doubt": Event(
+        logging.WARNING,
+        "the hold of shard {shard} is in doubt, the position will tell: {reason}",
+        "The producer was fenced, or the outcome of a commit is not known.",
+    ),
+    "relay.dead_letter": Event(
+        logging.ERROR,
+        'entry {id} of {type} "{key}" cannot be published ({reason}): {message}',
+        "It went to the dead-letter topic in the same transaction; the others go on.",
+    ),
+    "relay.lost_tail": Event(
+        logging.ERROR,
+        "{error} The log is adopted: what is retained is published again under new ids. Reconcile every type.",
+        "A fail-over or a restore lost entries that were published.",
+    ),
+    "relay.adopted": Event(logging.WARNING, "the log was adopted: epoch {epoch}", "Counts one adoption."),
+    "relay.starts_anew": Event(
+        logging.WARNING,
+        "shard {shard} starts anew from the adopted log of epoch {epoch}",
+        "Each shard says it once after an adoption.",
+    ),
+    "relay.timeline": Event(
+        logging.WARNING,
+        "the database went from timeline {before} to {now} with the anchor in place; an entry below it may be lost: "
+        "reconcile proves it",
+        "A fail-over that lost nothing that shows.",
+    ),
+    "relay.pruned": Event(
+        logging.INFO, "pruned slot {slot}: {entries} entries", "A slot of the ring was emptied by the relay."
+    ),
+    "relay.stopped": Event(logging.INFO, "stopped; nothing is left half-done", "The relay ended in order."),
+    "adoption.locked_out": Event(
+        logging.WARNING,
+        "adoption waits for {blockers} writer(s), try {attempt} of {tries}",
+        "Open transactions that wrote entries keep the log from being adopted.",
+    ),
+}
+
+
+def emit(log: logging.Logger, name: str, **fields: object) -> None:
+    """Log an event of the catalogue."""
+    event = EVENTS[name]
+    if log.isEnabledFor(event.level):
+        log.log(event.level, event.text.format_map(fields), extra={"outbox_event": name, "outbox_fields": fields})
