@@ -23,6 +23,7 @@ from outbox.errors import (
 
 if TYPE_CHECKING:
     from outbox.current import context
+    from outbox.orm import part_of, published
     from outbox.writer import NewEntry, delete, lock, put, put_many
 
 _HOMES = {
@@ -30,6 +31,8 @@ _HOMES = {
     "NewEntry": "outbox.writer",
     "delete": "outbox.writer",
     "lock": "outbox.writer",
+    "part_of": "outbox.orm",
+    "published": "outbox.orm",
     "put": "outbox.writer",
     "put_many": "outbox.writer",
 }
@@ -49,6 +52,8 @@ __all__ = [
     "context",
     "delete",
     "lock",
+    "part_of",
+    "published",
     "put",
     "put_many",
 ]
