@@ -160,7 +160,7 @@ class _Flush:
     children: dict[orm.InstanceState[Any], Any] = field(default_factory=dict)
     # Children whose roots before the flush were read from the database.
     known: set[orm.InstanceState[Any]] = field(default_factory=set)
-    gone: dict[tuple[Publication, str], None] = field(default_factory=dict)
+    gone: dict[tuple[Publication, str], orm.Mapper[Any]] = field(default_factory=dict)
     old_keys: dict[orm.InstanceState[Any], str] = field(default_factory=dict)
     # True: bumped.
     roots: dict[Root, bool] = field(default_factory=dict)
@@ -197,7 +197,7 @@ def _after_delete(_mapper: object, _connection: object, target: object) -> None:
     publication = _publication(target.__class__)
     if publication is not None:
         key = flush.old_keys.get(state) or publication.key_of(_Before(target))
-        flush.gone[publication, key] = None
+        flush.gone[publication, key] = state.mapper
     if _relationships(target.__class__):
         flush.children[state] = target
 
@@ -280,29 +280,33 @@ def _publish(session: orm.Session, flush: _Flush) -> None:
     targets = _read_again(session, flush)
     before = _pending(session)
     entries: dict[Publication, dict[str, NewEntry]] = defaultdict(dict)
-    for publication, key in flush.gone:
+    mappers: dict[Publication, orm.Mapper[Any]] = {}
+    for (publication, key), mapper in flush.gone.items():
         entries[publication][key] = NewEntry.tombstone(key)
+        mappers[publication] = mapper
     made: dict[tuple[Publication, str], NewEntry] = {}
     for target in targets:
-        publication = cast("Publication", _publication(target.__class__))
-        with_key = _call(publication, target)
+        published_as = _publication(target.__class__)
+        if published_as is None:
+            continue
+        mappers[published_as] = _state(target).mapper
+        entry = _call(published_as, target)
+        key = cast("str", entry.key)
         old = flush.old_keys.get(_state(target))
-        if old is not None and old != with_key.key:
-            entries[publication].setdefault(old, NewEntry.tombstone(old))
-        made[publication, cast("str", with_key.key)] = with_key
+        if old is not None and old != key:
+            entries[published_as].setdefault(old, NewEntry.tombstone(old))
+        made[published_as, key] = entry
         if _pending(session) != before:
             raise StateError(
-                f'The state function of {publication.type} "{with_key.key}" changed the session.',
+                f'The state function of {published_as.type} "{key}" changed the session.',
                 cure="It may only read: what it changes would be written after the state was taken.",
             )
     # A live object goes before a tombstone of the same key (deleted and made again, or two that swapped keys).
     for (publication, key), entry in made.items():
         entries[publication][key] = entry
     for publication, by_key in entries.items():
-        mapper = next(
-            (_state(target).mapper for target in targets if _publication(target.__class__) is publication), None
-        )
-        put_many(_connection(session, mapper), publication.type, by_key.values(), schema=publication.schema)
+        connection = _connection(session, mappers[publication])
+        put_many(connection, publication.type, by_key.values(), schema=publication.schema)
 
 
 def _call(publication: Publication, target: object) -> NewEntry:
@@ -321,10 +325,13 @@ def _call(publication: Publication, target: object) -> NewEntry:
 
 def _read_again(session: orm.Session, flush: _Flush) -> list[Any]:
     """Every object to be published, with what the database holds now; its parts are read when they are used."""
-    for instance in list(session.identity_map.values()):
-        # A part keeps its old values when a query meets it again, unless they are expired.
-        if _relationships(instance.__class__) and not _state(instance).modified:
-            session.expire(instance)
+    if _parts:
+        instances = list(session.identity_map.values())
+        parts = {cls for cls in {instance.__class__ for instance in instances} if _relationships(cls)}
+        for instance in instances:
+            # A part keeps its old values when a query meets it again, unless they are expired.
+            if instance.__class__ in parts and not _state(instance).modified:
+                session.expire(instance)
     wanted: dict[orm.Mapper[Any], dict[Identity, None]] = defaultdict(dict)
     targets: dict[orm.InstanceState[Any], Any] = {}
     for state, target in flush.written.items():
@@ -503,17 +510,27 @@ def _identified(
     session: orm.Session, mapper: orm.Mapper[Any], columns: Mapping[str, str], values: Iterable[Sequence[Any]]
 ) -> set[Root]:
     """The identities of the rows that foreign keys refer to."""
-    known = [tuple(value) for value in values if all(isinstance(part, object) and part is not None for part in value)]
-    known = [value for value in known if not any(isinstance(part, sa.ClauseElement) for part in value)]
+    # A SQL expression as a foreign key is known after the flush.
+    known = [
+        tuple(value)
+        for value in values
+        if not any(part is None or isinstance(part, sa.ClauseElement) for part in value)
+    ]
     primary = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
     remote = list(columns.values())
     if set(remote) == set(primary):
         return {(mapper, tuple(value[remote.index(key)] for key in primary)) for value in known}
     if not known:
         return set()
-    query = sa.select(*mapper.primary_key).select_from(mapper.selectable)
+    query = sa.select(*mapper.primary_key).select_from(mapper.persist_selectable)
     query = query.where(_among([mapper.column_attrs[key].columns[0] for key in remote], known))
     return {(mapper, tuple(row)) for row in _connection(session, mapper).execute(query)}
+
+
+def _publications_at(mapper: orm.Mapper[Any]) -> list[Publication]:
+    """The publications of a class and of its subclasses: a relationship to the base may lead to either."""
+    found = (_publication(each.class_) for each in mapper.self_and_descendants)
+    return [publication for publication in found if publication is not None]
 
 
 def _climb(session: orm.Session, found: Iterable[Root]) -> set[Root]:
@@ -526,7 +543,7 @@ def _climb(session: orm.Session, found: Iterable[Root]) -> set[Root]:
         above: set[Root] = set()
         by_mapper: dict[orm.Mapper[Any], list[Identity]] = defaultdict(list)
         for mapper, identity in waiting:
-            if _publication(mapper.class_) is not None:
+            if _publications_at(mapper):
                 roots.add((mapper.base_mapper, identity))
             if _relationships(mapper.class_):
                 by_mapper[mapper].append(identity)
@@ -554,10 +571,11 @@ def _bump(session: orm.Session, flush: _Flush, *, unless: Callable[[Any], bool])
 
 
 def _bump_values(mapper: orm.Mapper[Any], table: sa.Table) -> dict[sa.Column[Any], Any]:
-    publication = _publication(mapper.class_)
     column: Any = mapper.version_id_col
-    if publication is not None and publication.version is not None:
-        column = mapper.column_attrs[publication.version].columns[0]
+    versions = [each.version for each in _publications_at(mapper) if each.version is not None]
+    named = next((name for name in versions if name in mapper.column_attrs), None)
+    if named is not None:
+        column = mapper.column_attrs[named].columns[0]
     if column is not None and column.table is table:
         if isinstance(column.type, sa.Integer):
             return {column: column + 1}
@@ -585,8 +603,8 @@ def _changed_columns(target: object) -> bool:
     return any(state.attrs[attribute.key].history.has_changes() for attribute in state.mapper.column_attrs)
 
 
-def _connection(session: orm.Session, mapper: orm.Mapper[Any] | None) -> sa.Connection:
-    return session.connection() if mapper is None else session.connection(bind_arguments={"mapper": mapper})
+def _connection(session: orm.Session, mapper: orm.Mapper[Any]) -> sa.Connection:
+    return session.connection(bind_arguments={"mapper": mapper})
 
 
 def _chunks(identities: Sequence[Identity]) -> Iterable[Sequence[Identity]]:
@@ -604,7 +622,7 @@ def _select(
 ) -> list[sa.Row[Any]]:
     rows: list[sa.Row[Any]] = []
     for some in _chunks(identities):
-        query = sa.select(*columns).select_from(mapper.selectable).where(_among(mapper.primary_key, some))
+        query = sa.select(*columns).select_from(mapper.persist_selectable).where(_among(mapper.primary_key, some))
         rows += _connection(session, mapper).execute(query.order_by(*mapper.primary_key).with_for_update()).all()
     return rows
 

@@ -119,6 +119,37 @@ class Item(Base):
     cart: Mapped[Cart] = relationship(viewonly=True)
 
 
+class Document(Base):
+    """A base that is not published; the relationship of its parts leads to it."""
+
+    __tablename__ = "documents"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    version: Mapped[int] = mapped_column(default=1)
+    pieces: Mapped[list[Piece]] = relationship(back_populates="document")
+    __mapper_args__: ClassVar[dict[str, Any]] = {
+        "polymorphic_on": "kind",
+        "polymorphic_identity": "draft",
+        "with_polymorphic": "*",
+    }
+
+
+@outbox.published(type="page", key="id", state=lambda it: {"pieces": len(it.pieces)}, version="version")
+class Invoice(Document):
+    __tablename__ = "invoices"
+    id: Mapped[int] = mapped_column(sa.ForeignKey("documents.id"), primary_key=True)
+    __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "invoice"}
+
+
+@outbox.part_of("document")
+class Piece(Base):
+    __tablename__ = "pieces"
+    tenant: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    document_id: Mapped[int | None] = mapped_column(sa.ForeignKey("documents.id"))
+    document: Mapped[Document | None] = relationship(back_populates="pieces")
+
+
 class Plain(Base):
     __tablename__ = "plains"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -515,6 +546,24 @@ def test_the_version_of_the_mapper_is_used(session: orm.Session, log: Log) -> No
     assert log() == [("order", "1", None)]
 
 
+def test_a_root_that_is_a_published_subclass(session: orm.Session, log: Log) -> None:
+    """The relationship leads to its base, of which other subclasses are not published; keys of parts are composite."""
+    invoice, draft = Invoice(id=1), Document(id=2)
+    session.add_all([invoice, draft])
+    session.commit()
+    assert log() == [("page", "1", {"pieces": 0})]
+    pieces = [Piece(tenant=1, number=number, document_id=document) for number, document in enumerate((1, 1, 2, None))]
+    session.add_all(pieces)
+    session.commit()
+    assert log() == [("page", "1", {"pieces": 2})]
+    assert invoice.version == 2
+    pieces[0].document = draft
+    pieces[3].document_id = 1
+    session.delete(pieces[1])
+    session.commit()
+    assert log() == [("page", "1", {"pieces": 1})]
+
+
 def test_a_savepoint_that_is_rolled_back_leaves_the_root_as_it_was(session: orm.Session, log: Log) -> None:
     """The version that the session holds is the database's: the next flush must not fail on it."""
     session.add(Cart(id=1, items=[]))
@@ -554,6 +603,37 @@ def test_a_bulk_statement_on_a_published_class_is_refused(session: orm.Session, 
     session.execute(sa.delete(Plain))
     session.commit()
     assert log() == []
+
+
+def test_a_bulk_statement_with_its_entries(session: orm.Session, log: Log) -> None:
+    """As docs/writing.md tells to do it."""
+    session.add_all([Customer(id=1, name="Ada"), Customer(id=2, name="Eve", city="Rome")])
+    session.commit()
+    log()
+    query = sa.update(Customer).where(Customer.city == "Paris").values(name="Bob").returning(Customer.id)
+    ids = session.scalars(query, execution_options={"outbox_bypass": True}).all()
+    changed = session.scalars(sa.select(Customer).where(Customer.id.in_(ids)).execution_options(populate_existing=True))
+    outbox.put_many(session, "customer", ((customer.id, {"name": customer.name}) for customer in changed))
+    session.commit()
+    assert log() == [("customer", "1", {"name": "Bob"})]
+
+
+def test_the_bulk_methods_of_a_session_are_not_noticed(session: orm.Session, log: Log) -> None:
+    """They run no event; docs/writing.md names them. When this fails they can be refused, or published."""
+    session.bulk_save_objects([Customer(id=1, name="Ada")])
+    session.commit()
+    assert log() == []
+
+
+def test_a_session_that_is_bound_class_by_class(engine: sa.Engine, log: Log) -> None:
+    """The entries go where the class's rows go, tombstones too."""
+    with orm.Session(binds={Customer: engine}) as session:
+        customer = Customer(id=1, name="Ada")
+        session.add(customer)
+        session.commit()
+        session.delete(customer)
+        session.commit()
+    assert [state is None for _, _, state in log()] == [False, True]
 
 
 def test_query_update_and_delete_are_refused(session: orm.Session) -> None:
