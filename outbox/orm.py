@@ -138,6 +138,7 @@ def _listen(target: type[Any]) -> None:
     for name, listener in (
         ("before_insert", _before_insert),
         ("before_update", _before_update),
+        ("before_delete", _before_delete),
         ("after_delete", _after_delete),
     ):
         event.listen(target, name, listener, propagate=True)
@@ -162,6 +163,9 @@ class _Flush:
     known: set[orm.InstanceState[Any]] = field(default_factory=set)
     gone: dict[tuple[Publication, str], orm.Mapper[Any]] = field(default_factory=dict)
     old_keys: dict[orm.InstanceState[Any], str] = field(default_factory=dict)
+    # Deleted objects whose rows are locked, and those whose rows were gone before.
+    locked: set[orm.InstanceState[Any]] = field(default_factory=set)
+    absent: set[orm.InstanceState[Any]] = field(default_factory=set)
     # True: bumped.
     roots: dict[Root, bool] = field(default_factory=dict)
 
@@ -188,6 +192,31 @@ def _before_update(_mapper: object, _connection: object, target: object) -> None
         _wrote(flush, target)
 
 
+def _before_delete(_mapper: object, _connection: object, target: object) -> None:
+    # An orphan: only the flush finds out that it is to be deleted.
+    flush = _flush_of(target)
+    session = orm.object_session(target)
+    if flush is not None and session is not None:
+        _lock_deleted(session, flush, [target])
+
+
+def _lock_deleted(session: orm.Session, flush: _Flush, targets: Iterable[object]) -> None:
+    """Find out which rows are there to be deleted.
+
+    A row that is gone has got its tombstone from whoever deleted it. Another one could come after the state of an
+    entity that is just being made again under the same key.
+    """
+    by_mapper: dict[orm.Mapper[Any], dict[Identity, orm.InstanceState[Any]]] = defaultdict(dict)
+    for target in targets:
+        state = _state(target)
+        if _publication(target.__class__) is not None and state not in flush.locked and state.identity is not None:
+            by_mapper[state.mapper][tuple(state.identity)] = state
+    for mapper, states in by_mapper.items():
+        there = {tuple(row) for row in _select(session, mapper, mapper.primary_key, list(states))}
+        flush.locked.update(states.values())
+        flush.absent.update(state for identity, state in states.items() if identity not in there)
+
+
 def _after_delete(_mapper: object, _connection: object, target: object) -> None:
     flush = _flush_of(target)
     if flush is None:
@@ -195,7 +224,7 @@ def _after_delete(_mapper: object, _connection: object, target: object) -> None:
     state = _state(target)
     flush.written.pop(state, None)
     publication = _publication(target.__class__)
-    if publication is not None:
+    if publication is not None and state not in flush.absent:
         key = flush.old_keys.get(state) or publication.key_of(_Before(target))
         flush.gone[publication, key] = state.mapper
     if _relationships(target.__class__):
@@ -214,6 +243,7 @@ def _before_flush(session: orm.Session, _context: object, _objects: object) -> N
     persistent: dict[orm.Mapper[Any], list[Identity]] = defaultdict(list)
     found: set[Root] = set()
     deleted = set(session.deleted)
+    _lock_deleted(session, flush, deleted)
     for target in (*session.dirty, *deleted):
         publication = _publication(target.__class__)
         relationships = _relationships(target.__class__)

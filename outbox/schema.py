@@ -44,13 +44,14 @@ def bell_key(schema: str) -> int:
 class Settings:
     """What is fixed when an outbox is made.
 
-    `name` prefixes its transactional ids and its own topics. `schema` holds its tables. `shards` is the number of
+    `name` prefixes its transactional ids and its own topics (None: the database's name). `schema` holds its tables.
+    `shards` is the number of
     shares of the keys. `retention` (a number and a unit, `7 days`) is how long published entries are kept, in a ring
     of `slots` slots. `doorbell` is off for an outbox whose writers use two-phase commit. `ConfigError` for values
     that cannot be used.
     """
 
-    name: str
+    name: str | None
     schema: str = "outbox"
     shards: int = 1
     retention: str = "7 days"
@@ -58,7 +59,7 @@ class Settings:
     doorbell: bool = True
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-zA-Z0-9._-]{1,100}", self.name):
+        if self.name is not None and not re.fullmatch(r"[a-zA-Z0-9._-]{1,100}", self.name):
             raise ConfigError(
                 f'"{self.name}" cannot be the name of an outbox: it is part of topics\' names.',
                 cure="Use letters, digits, dot, underscore and hyphen, at most 100.",
@@ -96,7 +97,7 @@ class Settings:
         return {
             "schema": quote(self.schema),
             "schema_literal": literal(quote(self.schema)),
-            "name": literal(self.name),
+            "name": "current_database()" if self.name is None else literal(self.name),
             "channel": literal(self.schema),
             "bell": str(bell_key(self.schema)),
             "bell_default": ring if self.doorbell else "NULL",
@@ -203,7 +204,7 @@ def require(connection: psycopg.Connection[Any], schema: str) -> None:
         )
     raise SchemaError(
         f"The outbox has schema version {found}, this program needs {NEWEST}.",
-        cure="Upgrade it: outbox migrate, or, in a service with Alembic, outbox revision and then alembic upgrade head.",
+        cure="Upgrade it: outbox migrate, or, in a service with Alembic, outbox revision, then alembic upgrade head.",
     )
 
 

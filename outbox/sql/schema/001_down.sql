@@ -27,6 +27,8 @@ DROP FUNCTION {schema}.slot_of(timestamptz)
 --;
 DROP FUNCTION {schema}.shard_of(text, text)
 --;
+DROP TABLE {schema}.captures
+--;
 DROP TABLE {schema}.entity_types
 --;
 DROP FUNCTION {schema}.count_types_version()

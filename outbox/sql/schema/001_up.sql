@@ -49,6 +49,17 @@ CREATE TABLE {schema}.entity_types (
     created_at     timestamptz NOT NULL DEFAULT now()
 )
 --;
+-- Tables whose rows are published by a trigger; op.outbox_capture fills it.
+CREATE TABLE {schema}.captures (
+    table_schema text   NOT NULL,
+    table_name   text   NOT NULL,
+    type         text   NOT NULL,
+    key_columns  text[] NOT NULL,
+    state        text   NOT NULL,
+    on_truncate  text   NOT NULL CHECK (on_truncate IN ('refuse', 'tombstones')),
+    PRIMARY KEY (table_schema, table_name)
+)
+--;
 CREATE FUNCTION {schema}.count_types_version() RETURNS trigger LANGUAGE plpgsql AS $body$
 BEGIN
     UPDATE {schema}.settings SET types_version = types_version + 1;

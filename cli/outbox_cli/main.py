@@ -1,0 +1,127 @@
+"""The command `outbox`: the only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+import orjson
+
+from outbox import __version__
+from outbox.errors import OutboxError
+from outbox.logs import scrub
+from outbox_cli.settings import Settings, global_options
+
+# name -> (module, help); a command's module is imported when it is called, so that --help stays fast and a base
+# install without Kafka works.
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "adopt": ("adopt", "Make the retained log new, after a restore or for a copy."),
+    "completion": ("completion", "Print the shell's completion script."),
+    "config": ("config", "Show the settings in force, and where each comes from."),
+    "dead-letters": ("dead_letters", "List, retry or drop what could not be published."),
+    "migrate": ("migrate", "Make or upgrade the outbox in a database without Alembic."),
+    "prune": ("prune", "Empty the ring slots that nothing needs any more."),
+    "relay": ("relay", "Publish entries until stopped."),
+    "revision": ("revision", "Write an Alembic revision into the service's versions folder."),
+    "status": ("status", "Show backlog, totals, dead letters and the ring."),
+    "topics": ("topics", "Compare the topics with what is declared, and mend them."),
+    "types": ("types", "List, add, change or remove entity types."),
+}
+
+
+class _Commands(click.Group):
+    """A group whose commands are imported when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = import_module(f"outbox_cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], _COMMANDS, 1)
+            if near:
+                error.message += f" Did you mean {near[0]!r}?"
+            raise
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # From the table: help must not import every command.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(_COMMANDS.items())])
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Example: outbox status --json. Exit codes are in docs/cli.md.",
+)
+@click.version_option(__version__, prog_name="outbox")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@global_options
+@click.pass_context
+def cli(ctx: click.Context, debug: bool, **flags: Any) -> None:
+    """Publish the current state of a service's entities to compacted Kafka topics, exactly once."""
+    ctx.obj = Settings(flags, dict(os.environ), debug=debug)
+
+
+def main() -> None:
+    """Run the command line; every error comes out as sentences with an exit code."""
+    debug = "--debug" in sys.argv
+    as_json = "--json" in sys.argv
+    try:
+        code = cli.main(prog_name="outbox", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("stopped", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python must not complain about it while it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OutboxError as error:
+        if debug:
+            raise
+        _show(scrub(error.message), scrub(error.cure), error.exit_code, as_json=as_json)
+        code = error.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        _show(
+            scrub(f"Something unexpected happened: {type(error).__name__}: {error}"),
+            "Run it again with --debug and report the traceback.",
+            70,
+            as_json=as_json,
+        )
+        code = 70
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(message: str, cure: str, exit_code: int, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(orjson.dumps({"error": message, "cure": cure, "exit_code": exit_code}), err=True)
+    else:
+        click.echo(f"error: {message}" + (f"\n  {cure}" if cure else ""), err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""`outbox types`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import orjson
+from psycopg.types.json import Jsonb
+
+from outbox.errors import ConfigError, UnknownTypeError
+from outbox.schema import quote
+from outbox.topic import check_settings
+from outbox_cli.settings import Settings, confirm, json_option, print_json, table, with_settings
+
+_ADVICE = "In a service with Alembic write it into a migration instead: outbox revision --add-type NAME --topic TOPIC."
+
+
+@click.group("types")
+def command() -> None:
+    """List, add, change or remove entity types."""
+
+
+@command.command("list", epilog="Example: outbox types list --json")
+@json_option
+@with_settings
+def list_(settings: Settings, as_json: bool) -> None:
+    """List the entity types."""
+    with settings.connect() as connection:
+        rows = connection.execute(
+            f"SELECT name, topic, topic_settings, collapse, max_bytes, source "
+            f"FROM {quote(settings.config.schema)}.entity_types ORDER BY name".encode()
+        ).fetchall()
+    if as_json:
+        names = ("name", "topic", "topic_settings", "collapse", "max_bytes", "source")
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+        return
+    shown = [(r[0], r[1], "yes" if r[3] else "no", r[4], orjson.dumps(r[2]).decode() if r[2] else "") for r in rows]
+    click.echo(table(("TYPE", "TOPIC", "COLLAPSE", "MAX BYTES", "TOPIC SETTINGS"), shown))
+
+
+def _options(function: Any) -> Any:
+    for option in reversed(
+        (
+            click.option("--collapse/--no-collapse", default=None, help="Publish only the last of several entries."),
+            click.option("--max-bytes", type=click.IntRange(1, 100_000_000), help="Greatest size of a state."),
+            click.option("--partitions", type=click.IntRange(1, 100_000), help="Partitions of the topic; default 8."),
+            click.option("--topic-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the topic."),
+            click.option("--source", help="SELECT key, state FROM ...; for backfill, replay and reconcile."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def _topic_settings(name: str, pairs: tuple[str, ...], partitions: int | None) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, mark, value = pair.partition("=")
+        if not mark or not key or not value:
+            raise ConfigError(f'"{pair}" is no topic setting.', cure="Write NAME=VALUE, as in segment.ms=3600000.")
+        found[key] = value
+    if partitions is not None:
+        found["partitions"] = partitions
+    check_settings(found, where=f'The entity type "{name}"')
+    return found
+
+
+@command.command(epilog="Example: outbox types add customer --topic shop.customer --partitions 12")
+@click.argument("name")
+@click.option("--topic", required=True, help="The topic that carries its states.")
+@_options
+@json_option
+@with_settings
+def add(
+    settings: Settings,
+    name: str,
+    topic: str,
+    collapse: bool | None,
+    max_bytes: int | None,
+    partitions: int | None,
+    topic_setting: tuple[str, ...],
+    source: str | None,
+    as_json: bool,
+) -> None:
+    """Register an entity type."""
+    import psycopg.errors
+
+    extra = _topic_settings(name, topic_setting, partitions)
+    with settings.connect() as connection:
+        s = quote(settings.config.schema)
+        taken = connection.execute(f"SELECT name FROM {s}.entity_types WHERE topic = %s".encode(), [topic]).fetchone()
+        if taken is not None and taken[0] != name:
+            raise ConfigError(
+                f'The topic {topic} already belongs to the entity type "{taken[0]}": the topic says the type.',
+                cure="Choose another topic.",
+            )
+        try:
+            connection.execute(
+                f"INSERT INTO {s}.entity_types (name, topic, topic_settings, collapse, max_bytes, source) "
+                f"VALUES (%s, %s, %s, %s, %s, %s)".encode(),
+                [name, topic, Jsonb(extra), collapse is not False, max_bytes or 1_000_000, source],
+            )
+        except psycopg.errors.UniqueViolation as error:
+            raise ConfigError(
+                f'The entity type "{name}" is there already.', cure=f"Change it: outbox types change {name} ..."
+            ) from error
+        except psycopg.errors.CheckViolation as error:
+            raise ConfigError(
+                f'The entity type "{name}" with the topic "{topic}" cannot be registered: {error.diag.constraint_name}.',
+                cure="A topic's name has letters, digits, dot, underscore and hyphen, at most 249.",
+            ) from error
+    if as_json:
+        print_json({"added": name, "topic": topic})
+    else:
+        click.echo(f"Added {name} -> {topic}. Make the topic: outbox topics apply.")
+        click.echo(_ADVICE, err=True)
+
+
+@command.command(epilog="Example: outbox types change customer --max-bytes 2000000")
+@click.argument("name")
+@click.option("--topic", help="Another topic. The old one is left as it is.")
+@_options
+@json_option
+@with_settings
+def change(
+    settings: Settings,
+    name: str,
+    topic: str | None,
+    collapse: bool | None,
+    max_bytes: int | None,
+    partitions: int | None,
+    topic_setting: tuple[str, ...],
+    source: str | None,
+    as_json: bool,
+) -> None:
+    """Change an entity type; what is not named stays."""
+    extra = _topic_settings(name, topic_setting, partitions)
+    with settings.connect() as connection:
+        row = connection.execute(
+            f"""UPDATE {quote(settings.config.schema)}.entity_types
+                SET topic = coalesce(%s, topic), topic_settings = topic_settings || %s,
+                    collapse = coalesce(%s, collapse), max_bytes = coalesce(%s, max_bytes), source = coalesce(%s, source)
+                WHERE name = %s RETURNING name, topic""".encode(),
+            [topic, Jsonb(extra), collapse, max_bytes, source, name],
+        ).fetchone()
+    if row is None:
+        raise _unknown(name)
+    if as_json:
+        print_json({"changed": row[0], "topic": row[1]})
+    else:
+        click.echo(f"Changed {name}. Bring the topic in line: outbox topics apply.")
+
+
+@command.command(epilog="Example: outbox types remove customer --yes")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@with_settings
+def remove(settings: Settings, name: str, yes: bool, as_json: bool) -> None:
+    """Remove an entity type; its topic and its entries stay. Entries not yet published are dead-lettered."""
+    confirm(f"Remove the entity type {name}? What is not published yet will be dead-lettered.", yes=yes)
+    with settings.connect() as connection:
+        row = connection.execute(
+            f"DELETE FROM {quote(settings.config.schema)}.entity_types WHERE name = %s RETURNING topic".encode(), [name]
+        ).fetchone()
+    if row is None:
+        raise _unknown(name)
+    if as_json:
+        print_json({"removed": name, "topic": row[0]})
+    else:
+        click.echo(f"Removed {name}; its topic {row[0]} is left as it is.")
+
+
+def _unknown(name: str) -> UnknownTypeError:
+    return UnknownTypeError(f'There is no entity type "{name}".', cure="See them: outbox types list.")

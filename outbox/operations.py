@@ -1,0 +1,360 @@
+"""Alembic operations: `import outbox.operations` in a revision, then `op.outbox_create(...)` and its sisters.
+
+They work online, offline (`--sql`), up and down, and never go through `text()`, which would eat the colons in
+function bodies. Importing this module also keeps autogenerate and `alembic check` from wanting to drop our tables.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import orjson
+from alembic.autogenerate import comparators
+from alembic.autogenerate.api import AutogenContext
+from alembic.operations import MigrateOperation, Operations
+from alembic.operations.ops import DropIndexOp, DropTableOp, ModifyTableOps, UpgradeOps
+from sqlalchemy import exc
+
+from outbox import capture as _capture
+from outbox.errors import CaptureError, ConfigError, OutboxError, WrongOutboxError
+from outbox.schema import (
+    NEWEST,
+    Settings,
+    create_schema,
+    drop_schema,
+    grants,
+    literal,
+    quote,
+    statements_down,
+    statements_up,
+)
+from outbox.topic import check_settings
+
+log = logging.getLogger("alembic.outbox")
+
+
+class _Statements(MigrateOperation):
+    """An operation that is nothing but statements, and maybe a look beforehand."""
+
+    def __init__(self, statements: Iterable[str], look: Callable[[Any], None] | None = None) -> None:
+        self.statements = statements
+        self.look = look
+
+
+@Operations.implementation_for(_Statements)
+def _run(operations: Operations, operation: _Statements) -> None:
+    context = operations.get_context()
+    if context.as_sql:
+        for statement in operation.statements:
+            context.impl.static_output(statement + ";\n")
+        return
+    bind = operations.get_bind()
+    if operation.look is not None:
+        operation.look(bind)
+    for statement in operation.statements:
+        try:
+            bind.exec_driver_sql(statement, execution_options={"no_parameters": True})
+        except exc.DBAPIError as error:
+            raise _translated(error) from error
+
+
+def _translated(error: exc.DBAPIError) -> Exception:
+    code = getattr(error.orig, "sqlstate", None)
+    diag = getattr(error.orig, "diag", None)
+    if code in {"OB020", "OB021"} and diag is not None:
+        return CaptureError(str(diag.message_primary), cure=str(diag.message_hint or ""))
+    if code is not None and code.startswith("OB") and diag is not None:
+        return OutboxError(str(diag.message_primary), cure=str(diag.message_hint or ""))
+    return error
+
+
+def _operation(name: str) -> Callable[[type[Any]], type[Any]]:
+    return Operations.register_operation(name, "invoke")
+
+
+@_operation("outbox_create")
+class OutboxCreate:
+    """`op.outbox_create`."""
+
+    @classmethod
+    def invoke(
+        cls,
+        operations: Operations,
+        *,
+        name: str | None = None,
+        version: int = NEWEST,
+        schema: str = "outbox",
+        shards: int = 1,
+        retention: str = "7 days",
+        slots: int = 12,
+        doorbell: bool = True,
+        writers: Sequence[str] = (),
+        relay: str | None = None,
+    ) -> None:
+        """Create the outbox at a version; `outbox.schema.Settings` says what is fixed with it.
+
+        `name` defaults to the database's. `writers` and `relay` are roles that get what they need.
+        """
+        settings = Settings(name, schema, shards, retention, slots, doorbell)
+        made = [create_schema(schema)]
+        for number in range(1, version + 1):
+            made += statements_up(number, settings)
+        made += grants(schema, writers=writers, relay=relay)
+        operations.invoke(_Statements(made))
+
+
+@_operation("outbox_drop")
+class OutboxDrop:
+    """`op.outbox_drop`."""
+
+    @classmethod
+    def invoke(cls, operations: Operations, *, version: int = NEWEST, schema: str = "outbox") -> None:
+        """Remove the outbox with every entry and entity type; said in the log, with numbers. Topics stay."""
+        settings = Settings(None, schema)
+
+        def look(bind: Any) -> None:
+            entries = bind.exec_driver_sql(f"SELECT count(*) FROM {quote(schema)}.entries").scalar()
+            types = bind.exec_driver_sql(f"SELECT count(*) FROM {quote(schema)}.entity_types").scalar()
+            captured = bind.exec_driver_sql(
+                f"SELECT string_agg(table_name, ', ') FROM {quote(schema)}.captures"
+            ).scalar()
+            if captured:
+                raise CaptureError(
+                    f"The outbox cannot be removed while tables are captured: {captured}.",
+                    cure="Release each before: op.outbox_release(TABLE).",
+                )
+            log.warning(
+                "removing the outbox %s: %d entries and %d entity types are deleted; what was not published is lost",
+                schema,
+                entries,
+                types,
+            )
+
+        gone: list[str] = []
+        for number in range(version, 0, -1):
+            gone += statements_down(number, settings)
+        operations.invoke(_Statements([*gone, drop_schema(schema)], look))
+
+
+@_operation("outbox_upgrade")
+class OutboxUpgrade:
+    """`op.outbox_upgrade`."""
+
+    @classmethod
+    def invoke(cls, operations: Operations, *, from_version: int, to_version: int, schema: str = "outbox") -> None:
+        """Bring the outbox from one version of its schema to a newer one."""
+        if not 1 <= from_version < to_version <= NEWEST:
+            raise ConfigError(
+                f"The outbox cannot be upgraded from version {from_version} to {to_version}.",
+                cure=f"This library knows the versions 1 to {NEWEST}; a newer one may know more.",
+            )
+        settings = Settings(None, schema)
+        for number in range(from_version + 1, to_version + 1):
+            operations.invoke(_Statements(statements_up(number, settings)))
+
+
+@_operation("outbox_downgrade")
+class OutboxDowngrade:
+    """`op.outbox_downgrade`."""
+
+    @classmethod
+    def invoke(cls, operations: Operations, *, from_version: int, to_version: int, schema: str = "outbox") -> None:
+        """Take the outbox back to an older version of its schema."""
+        if not 1 <= to_version < from_version <= NEWEST:
+            raise ConfigError(
+                f"The outbox cannot be taken back from version {from_version} to {to_version}.",
+                cure=f"This library knows the versions 1 to {NEWEST}.",
+            )
+        settings = Settings(None, schema)
+        for number in range(from_version, to_version, -1):
+            operations.invoke(_Statements(statements_down(number, settings)))
+
+
+@_operation("outbox_grant")
+class OutboxGrant:
+    """`op.outbox_grant`."""
+
+    @classmethod
+    def invoke(
+        cls, operations: Operations, *, writers: Sequence[str] = (), relay: str | None = None, schema: str = "outbox"
+    ) -> None:
+        """Let roles write entries, and one role publish them."""
+        operations.invoke(_Statements(grants(schema, writers=writers, relay=relay)))
+
+
+@_operation("outbox_add_type")
+class OutboxAddType:
+    """`op.outbox_add_type`."""
+
+    @classmethod
+    def invoke(
+        cls,
+        operations: Operations,
+        name: str,
+        *,
+        topic: str,
+        partitions: int | None = None,
+        topic_settings: Mapping[str, object] | None = None,
+        collapse: bool = True,
+        max_bytes: int = 1_000_000,
+        source: str | None = None,
+        schema: str = "outbox",
+    ) -> None:
+        """Register an entity type; `outbox.entity_type.EntityType` says what the values mean."""
+        settings = dict(topic_settings or {}) | ({} if partitions is None else {"partitions": partitions})
+        check_settings(settings, where=f'The entity type "{name}"')
+        operations.invoke(
+            _Statements(
+                [
+                    f"INSERT INTO {quote(schema)}.entity_types "
+                    "(name, topic, topic_settings, collapse, max_bytes, source) VALUES ("
+                    f"{literal(name)}, {literal(topic)}, {_json(settings)}, {_bool(collapse)}, {max_bytes}, "
+                    f"{'NULL' if source is None else literal(source)})"
+                ]
+            )
+        )
+
+
+@_operation("outbox_change_type")
+class OutboxChangeType:
+    """`op.outbox_change_type`."""
+
+    @classmethod
+    def invoke(
+        cls,
+        operations: Operations,
+        name: str,
+        *,
+        topic: str | None = None,
+        topic_settings: Mapping[str, object] | None = None,
+        collapse: bool | None = None,
+        max_bytes: int | None = None,
+        source: str | None = None,
+        schema: str = "outbox",
+    ) -> None:
+        """Change an entity type; what is None stays. `topic_settings` replaces all of them."""
+        check_settings(topic_settings or {}, where=f'The entity type "{name}"')
+        changes = [
+            f"{column} = {text}"
+            for column, value, text in (
+                ("topic", topic, literal(topic or "")),
+                ("topic_settings", topic_settings, _json(topic_settings or {})),
+                ("collapse", collapse, _bool(bool(collapse))),
+                ("max_bytes", max_bytes, str(max_bytes)),
+                ("source", source, literal(source or "")),
+            )
+            if value is not None
+        ]
+        if not changes:
+            raise ConfigError(f'Nothing of the entity type "{name}" is to be changed.', cure="Name a value.")
+        operations.invoke(
+            _Statements(
+                [
+                    f"""DO $outbox$ BEGIN
+    UPDATE {quote(schema)}.entity_types SET {", ".join(changes)} WHERE name = {literal(name)};
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'outbox: there is no entity type "%"', {literal(name)} USING ERRCODE = 'OB001';
+    END IF;
+END $outbox$"""
+                ]
+            )
+        )
+
+
+@_operation("outbox_remove_type")
+class OutboxRemoveType:
+    """`op.outbox_remove_type`."""
+
+    @classmethod
+    def invoke(cls, operations: Operations, name: str, *, schema: str = "outbox") -> None:
+        """Remove an entity type; its topic stays, and so do its entries (unpublished ones are dead-lettered)."""
+        operations.invoke(_Statements([f"DELETE FROM {quote(schema)}.entity_types WHERE name = {literal(name)}"]))
+
+
+@_operation("outbox_capture")
+class OutboxCapture:
+    """`op.outbox_capture`."""
+
+    @classmethod
+    def invoke(
+        cls,
+        operations: Operations,
+        table: str,
+        *,
+        type: str,
+        key: Sequence[str] = ("id",),
+        columns: Sequence[str] | None = None,
+        state: str | None = None,
+        existing_rows: bool = True,
+        truncate: Literal["refuse", "tombstones"] = "refuse",
+        table_schema: str = "public",
+        schema: str = "outbox",
+    ) -> None:
+        """Publish every change of a table by a trigger; `outbox.capture.Capture` says what the values mean.
+
+        `existing_rows` writes an entry for each row that is there, in the same transaction: the table is locked
+        against writers until the migration commits.
+        """
+        captured = _capture.Capture(table, type, tuple(key), columns, state, truncate, table_schema, schema)
+        operations.invoke(_Statements(_capture.statements(captured, existing_rows=existing_rows)))
+
+
+@_operation("outbox_release")
+class OutboxRelease:
+    """`op.outbox_release`."""
+
+    @classmethod
+    def invoke(
+        cls, operations: Operations, table: str, *, table_schema: str = "public", schema: str = "outbox"
+    ) -> None:
+        """End a capture; entries, topic and entity type stay."""
+        operations.invoke(_Statements(_capture.release_statements(table, table_schema=table_schema, schema=schema)))
+
+
+def check_name(found: str, asked: str | None) -> None:
+    """Refuse an outbox of another name than was asked for."""
+    if asked is not None and found != asked:
+        raise WrongOutboxError(
+            f'The outbox is named "{found}", not "{asked}"; a name is fixed when the outbox is created.',
+            cure="Correct --name (or OUTBOX_NAME), or the database URL.",
+        )
+
+
+@comparators.dispatch_for("schema")
+def _keep_ours(context: AutogenContext, upgrade: UpgradeOps, schemas: Iterable[str | None]) -> None:
+    """Take our own tables out of what autogenerate wants to drop, whatever schema it looked at."""
+    del schemas  # ours are known by what is in the database
+    connection = context.connection
+    if connection is None:
+        return
+    # Every outbox of the database; its schema may come first in the search path, where it has no name.
+    ours = {
+        (schema, table)
+        for schema, table in connection.exec_driver_sql(
+            "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE c.relkind IN ('r', 'p') AND EXISTS (SELECT FROM pg_class e WHERE e.relnamespace = n.oid "
+            "AND e.relname = 'captures') AND (c.relname ~ '^entries(_[0-9]+)?$' OR c.relname IN "
+            "('settings', 'entity_types', 'captures', 'requests', 'request_outcomes'))"
+        )
+    }
+    front = connection.exec_driver_sql("SELECT current_schema()").scalar()
+
+    def dropped(operation: MigrateOperation) -> bool:
+        if isinstance(operation, DropTableOp | DropIndexOp):
+            return ((operation.schema or front), operation.table_name) in ours
+        if isinstance(operation, ModifyTableOps):
+            operation.ops = [inner for inner in operation.ops if not dropped(inner)]
+            return not operation.ops
+        return False
+
+    upgrade.ops = [operation for operation in upgrade.ops if not dropped(operation)]
+
+
+def _json(value: Mapping[str, object]) -> str:
+    return literal(orjson.dumps(dict(value)).decode()) + "::jsonb"
+
+
+def _bool(value: bool) -> str:  # noqa: FBT001  one value in, one word out
+    return "true" if value else "false"
