@@ -38,6 +38,7 @@ from outbox.kafka.shard_log import ShardLog
 from outbox.lineage import Verdict, judge
 from outbox.message import Message, Unpublishable, messages
 from outbox.position import Position
+from outbox.pruning import prune_ring
 from outbox.reader import Batch, Identity, Reader, Request, Wake, Wanted
 from outbox.telemetry import emit
 
@@ -87,7 +88,7 @@ class _Plan:
 class Relay:
     """Publishes one shard of one outbox.
 
-    `run()` goes on until `wake` is set; it returns, having left nothing half-done. Raises the errors of
+    `done` sums up what this process has published. `run()` goes on until `wake` is set; it returns, having left nothing half-done. Raises the errors of
     `outbox.errors` that a person must act upon; what passes by itself is waited for.
     """
 
@@ -106,6 +107,8 @@ class Relay:
         self._slice: int | None = None
         self._types_seen = 0
         self._timeline_said: int | None = None
+        self._next_prune = 0.0
+        self.done = Step(Did.NOTHING)
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -132,6 +135,8 @@ class Relay:
                     emit(log, "relay.resumed", shard=self._shard, what=waiting_for)
                     waiting_for = None
                 tries = 0
+                if self._config.prune and not last.more:
+                    self._prune_sometimes()
                 if until_caught_up and last.caught_up:
                     break
                 if not last.more and not until_caught_up:
@@ -142,6 +147,16 @@ class Relay:
         finally:
             self.close()
         return last
+
+    def _prune_sometimes(self) -> None:
+        """Prune, if it is time; by the committed positions of all shards, like the command."""
+        if time.monotonic() < self._next_prune or self._kafka is None:
+            return
+        self._next_prune = time.monotonic() + self._config.prune_interval
+        found = [Position.decode(value) for value in self._kafka.read_all_positions() if value is not None]
+        for pruned in prune_ring(self._config, found):
+            if pruned.pruned:
+                emit(log, "relay.pruned", shard=self._shard, slot=pruned.slot, entries=pruned.entries)
 
     def close(self) -> None:
         """Abort what is open and give everything back."""
@@ -434,7 +449,7 @@ class Relay:
             begin += size
             self._slice = min(size * 2, len(plan.messages))
         self._slice = None
-        return Step(
+        step = Step(
             Did.PUBLISHED,
             entries=len(batch.entries),
             records=len(plan.messages) + len(plan.replayed),
@@ -444,6 +459,23 @@ class Relay:
             read_seconds=batch.seconds,
             commit_seconds=commit_seconds,
         )
+        self.done = replace(
+            step,
+            entries=self.done.entries + step.entries,
+            records=self.done.records + step.records,
+            dead=self.done.dead + step.dead,
+        )
+        emit(
+            log,
+            "relay.published",
+            shard=self._shard,
+            entries=step.entries,
+            records=step.records,
+            dead=step.dead,
+            read_seconds=step.read_seconds,
+            commit_seconds=step.commit_seconds,
+        )
+        return step
 
     def _reader_shows_working(self) -> None:
         # Once a sleep, not once a batch: it is a statement of its own.

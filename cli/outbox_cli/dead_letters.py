@@ -1,0 +1,157 @@
+"""`outbox dead-letters`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Literal
+
+import click
+
+from outbox.errors import RelayError
+from outbox_cli.settings import Settings, confirm, json_option, outbox_row, print_json, table, with_settings
+
+
+@click.group("dead-letters")
+def command() -> None:
+    """List, retry or drop what could not be published."""
+
+
+@command.command("list", epilog="Example: outbox dead-letters list --type customer --json")
+@click.option("--type", "type_name", metavar="TYPE", help="Only of this entity type.")
+@json_option
+@with_settings
+def list_(settings: Settings, type_name: str | None, as_json: bool) -> None:
+    """List the dead letters: entity, entry, reason."""
+    config = settings.needs_kafka()
+    from outbox.dead_letters import list_dead_letters
+
+    with settings.connect() as connection:
+        name, _ = outbox_row(connection, config.schema)
+    letters = [(x, n) for x, n in list_dead_letters(config, name) if type_name is None or x.type == type_name]
+    if as_json:
+        print_json(
+            [
+                {
+                    "type": x.type,
+                    "key": x.key,
+                    "id": x.id,
+                    "shard": n,
+                    "topic": x.topic,
+                    "reason": x.reason,
+                    "message": x.message,
+                    "created_ms": x.created_ms,
+                    "at_ms": x.at_ms,
+                }
+                for x, n in letters
+            ]
+        )
+    elif letters:
+        rows = [
+            (
+                x.type,
+                x.key,
+                x.id,
+                datetime.fromtimestamp(x.at_ms / 1000, UTC).isoformat(" ", "seconds"),
+                x.reason,
+                x.message,
+            )
+            for x, _ in letters
+        ]
+        click.echo(table(("TYPE", "KEY", "ENTRY", "SINCE", "REASON", "EXPLANATION"), [*rows]))
+    else:
+        click.echo("There are no dead letters.")
+
+
+def _ask(
+    settings: Settings,
+    kind: Literal["retry", "drop"],
+    type_name: str | None,
+    keys: tuple[str, ...],
+    everything: bool,
+    yes: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    if not everything and type_name is None:
+        raise click.UsageError("Say which: --type TYPE, with --key KEY if only some; or --all.")
+    if everything and (type_name is not None or keys):
+        raise click.UsageError("--all goes without --type and --key.")
+    settings.needs_kafka()
+    from outbox.dead_letters import request, wait_for
+
+    with settings.connect() as connection:
+        schema = settings.config.schema
+        if kind == "drop":
+            confirm("Forget these dead letters? Their states are not published.", yes=yes)
+        _, shards = outbox_row(connection, schema)
+        number = request(connection, schema, kind, type_name=type_name, keys=keys)
+        # A sleeping relay is woken as by a writer.
+        connection.execute("SELECT pg_notify(%s, '')", [schema])
+        outcomes = wait_for(connection, schema, number, shards, seconds=timeout, on_wait=lambda: None)
+    if outcomes is None:
+        raise RelayError(
+            f"Request {number} is written, but no relay has done it in {timeout:g} s.",
+            cure="It will be done when a relay runs: outbox relay. See outbox status.",
+        )
+    total: dict[str, int] = {}
+    gone: list[list[str]] = []
+    for outcome in outcomes.values():
+        gone += outcome.get("not_retained", [])
+        for word in ("retried", "refused", "dropped"):
+            if word in outcome:
+                total[word] = total.get(word, 0) + outcome[word]
+    if as_json:
+        print_json({"request": number, **total, "not_retained": gone})
+        return
+    click.echo(", ".join(f"{word}: {count}" for word, count in total.items()))
+    for entity in gone:
+        click.echo(f"no longer retained: {entity[0]} {entity[1]}; have the service write it again", err=True)
+
+
+_TYPE = click.option("--type", "type_name", metavar="TYPE", help="Those of this entity type.")
+_KEY = click.option("--key", "keys", multiple=True, help="Only of these entities.")
+_ALL = click.option("--all", "everything", is_flag=True, help="All of them.")
+_YES = click.option("--yes", is_flag=True, help="Do not ask.")
+_TIMEOUT = click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for the relay.")
+
+
+@command.command(epilog="Example: outbox dead-letters retry --type customer --key 42")
+@_TYPE
+@_KEY
+@_ALL
+@_YES
+@_TIMEOUT
+@json_option
+@with_settings
+def retry(
+    settings: Settings,
+    type_name: str | None,
+    keys: tuple[str, ...],
+    everything: bool,
+    yes: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Publish the last retained entry of each entity again; the relay does it, in a batch of its own order."""
+    _ask(settings, "retry", type_name, keys, everything, yes, timeout, as_json)
+
+
+@command.command(epilog="Example: outbox dead-letters drop --type customer --key 42 --yes")
+@_TYPE
+@_KEY
+@_ALL
+@_YES
+@_TIMEOUT
+@json_option
+@with_settings
+def drop(
+    settings: Settings,
+    type_name: str | None,
+    keys: tuple[str, ...],
+    everything: bool,
+    yes: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Forget dead letters; the topic keeps the states that it has."""
+    _ask(settings, "drop", type_name, keys, everything, yes, timeout, as_json)

@@ -1,0 +1,70 @@
+"""`outbox status`."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from outbox.status import Status, look
+from outbox_cli.settings import Settings, json_option, print_json, table, with_settings
+
+
+@click.command(epilog="Example: outbox status --watch")
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, help="Seconds between.")
+@json_option
+@with_settings
+def command(settings: Settings, watch: bool, interval: float, as_json: bool) -> None:
+    """Show backlog and its age, totals, collapse, dead letters, the ring, and what the relay is doing."""
+    config = settings.needs_database()
+    with settings.connect() as connection:
+        try:
+            while True:
+                status = look(config, connection)
+                if as_json:
+                    print_json(status.as_json())
+                else:
+                    if watch:
+                        click.clear()
+                    click.echo(render(status))
+                if not watch:
+                    return
+                time.sleep(interval)
+        except KeyboardInterrupt:
+            return
+
+
+def render(status: Status) -> str:
+    """The status for people."""
+    parts = [f'outbox "{status.name}", epoch {status.epoch}']
+    if status.kafka is not None:
+        parts.append(f"Kafka could not be asked: {status.kafka} All that is retained counts as unpublished.")
+    for shard in status.shards:
+        on = f" ({shard.on})" if shard.on else ""
+        age = "" if shard.position_age_seconds is None else f", last position {shard.position_age_seconds:.0f} s ago"
+        parts.append(f"shard {shard.shard}: {shard.state}{on}{age}")
+    rows: list[tuple[object, ...]] = [
+        (
+            t.type,
+            t.shard,
+            t.topic or "(not registered)",
+            t.unpublished,
+            "" if t.oldest_seconds is None else f"{t.oldest_seconds:.1f} s",
+            _or_unknown(t.published),
+            _or_unknown(t.records),
+            "" if t.collapse_ratio is None else f"{t.collapse_ratio:.2f}",
+            _or_unknown(t.dead_letters),
+        )
+        for t in status.types
+    ]
+    headings = ("TYPE", "SHARD", "TOPIC", "UNPUBLISHED", "OLDEST", "PUBLISHED", "RECORDS", "RATIO", "DEAD")
+    parts += ["", table(headings, rows), ""]
+    held = [slot for slot in status.ring if slot.entries]
+    parts.append(f"ring: {len(held)} of {len(status.ring)} slots hold {sum(slot.entries for slot in held)} entries")
+    parts += [f"  {pin}" for pin in status.pins]
+    return "\n".join(parts)
+
+
+def _or_unknown(number: int | None) -> object:
+    return "?" if number is None else number

@@ -1,0 +1,82 @@
+"""Pruning: empty the ring slots that are older than the retention, published by every shard, and no anchor's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import orjson
+from psycopg import errors as pg
+from psycopg import sql as psycopg_sql
+
+from outbox.config import Config
+from outbox.database import Connection, connect, place, translate, translated
+from outbox.position import Position
+from outbox.schema import quote
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What became of one slot: `entries` were removed, or `reason` says why not."""
+
+    slot: int
+    pruned: bool
+    entries: int
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One slot of the ring: about how many entries it holds, and the age of its oldest and newest."""
+
+    slot: int
+    entries: int
+    oldest: datetime | None
+    newest: datetime | None
+    current: bool
+
+
+def prune_ring(config: Config, positions: Sequence[Position], *, dry_run: bool = False) -> Iterator[Pruned]:
+    """Prune every slot that can be; one transaction each, so that no lock is held for long.
+
+    `positions` must be committed ones, read before; a shard without one pins everything. The decision is made under
+    the slot's lock, which is waited for no longer than `lock_timeout`.
+    """
+    where = place(config.database_url)
+    known = orjson.dumps([position.for_prune() for position in positions]).decode()
+    schema = quote(config.schema)
+    with connect(config.database_url, application_name="outbox-prune") as connection:
+        with translated(where):
+            row = connection.execute(f"SELECT slots FROM {schema}.settings".encode()).fetchone()
+        for slot in range(row[0] if row else 0):
+            try:
+                with connection.transaction(force_rollback=dry_run):
+                    connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+                    connection.execute(
+                        psycopg_sql.SQL("SET LOCAL lock_timeout = {}").format(
+                            psycopg_sql.Literal(round(config.lock_timeout * 1000))
+                        )
+                    )
+                    found = connection.execute(
+                        f"SELECT {schema}.prune_slot(%s::smallint, %s::jsonb)".encode(), [slot, known]
+                    ).fetchone()
+            except pg.LockNotAvailable:
+                yield Pruned(slot, pruned=False, entries=0, reason="locked by an open transaction")
+                continue
+            except pg.Error as error:
+                raise translate(error, where) from error
+            result = found[0] if found else {}
+            yield Pruned(slot, bool(result["pruned"]), int(result["entries"]), result["reason"])
+
+
+def slots(connection: Connection, schema: str) -> list[Slot]:
+    """The ring, slot by slot."""
+    s = quote(schema)
+    rows = connection.execute(
+        f"""SELECT n.slot, count(e.id), min(e.created_at), max(e.created_at), n.slot = {s}.slot_of(clock_timestamp())
+            FROM generate_series(0, (SELECT slots - 1 FROM {s}.settings)) n (slot)
+            LEFT JOIN {s}.entries e ON e.slot = n.slot
+            GROUP BY n.slot ORDER BY n.slot""".encode()
+    ).fetchall()
+    return [Slot(*row) for row in rows]
