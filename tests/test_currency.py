@@ -348,3 +348,18 @@ def test_the_same_child_and_root_in_two_orders_do_not_deadlock(engine: sa.Engine
         thread.join()
         assert thread.error is None
     assert last_state(database) == {"lines": {"1": "second", "2": "second"}}
+
+
+def test_a_row_that_is_gone_already_gets_no_second_tombstone(engine: sa.Engine, database: str) -> None:
+    """It could come after the state of an entity that another session is making again under the same key."""
+    with orm.Session(engine) as session, orm.Session(engine) as other:
+        person = session.get_one(Person, 1)
+        other.delete(other.get_one(Person, 1))
+        other.commit()
+        other.add(Person(id=1, name="Bob", email="bob@example.org"))
+        other.flush()
+        session.delete(person)
+        with pytest.warns(sa.exc.SAWarning, match="0 were matched"):
+            session.commit()
+        other.commit()
+    assert last_state(database) == {"name": "Bob", "email": "bob@example.org"}
