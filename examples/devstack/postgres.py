@@ -301,7 +301,7 @@ class Postgres:
                     f"The end of its log, {self.log}:\n{tail(self.log)}"
                 )
             try:
-                psycopg.connect(self.url(), connect_timeout=5).close()
+                psycopg.connect(self.url(), connect_timeout=2).close()
             except psycopg.OperationalError as error:
                 if time.monotonic() > deadline:
                     raise ServerError(
