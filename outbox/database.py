@@ -149,6 +149,11 @@ def translate(error: psycopg.Error, where: str) -> OutboxError:
 
 def _last(error: psycopg.Error) -> str:
     # libpq lists every address that it tried and every attempt; the last one says it.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Multiple" not in line]
+    # Its advice ("Is the server running ...?") comes after that, and our own is better.
+    lines = [
+        line.strip()
+        for line in str(error).splitlines()
+        if line.strip() and "Multiple" not in line and not line.strip().startswith("Is the server running")
+    ]
     text = lines[-1] if lines else "no reason given"
     return text.rpartition("failed: ")[2].removeprefix("FATAL:").strip().rstrip(".?") or text

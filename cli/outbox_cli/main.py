@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib import import_module
 from typing import Any
 
@@ -88,7 +89,10 @@ def main() -> None:
         click.echo("stopped", err=True)
         code = 130
     except click.ClickException as error:
-        error.show()
+        if as_json:
+            _show(error.format_message(), "See --help.", error.exit_code, as_json=True)
+        else:
+            error.show()
         code = error.exit_code
     except click.exceptions.Exit as error:
         code = error.exit_code
@@ -98,22 +102,37 @@ def main() -> None:
         # Whoever read our output has gone; Python must not complain about it while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OutboxError as error:
-        if debug:
-            raise
-        _show(scrub(error.message), scrub(error.cure), error.exit_code, as_json=as_json)
-        code = error.exit_code
     except Exception as error:
         if debug:
-            raise
-        _show(
-            scrub(f"Something unexpected happened: {type(error).__name__}: {error}"),
-            "Run it again with --debug and report the traceback.",
-            70,
-            as_json=as_json,
-        )
-        code = 70
+            click.echo(scrub("".join(traceback.format_exception(error))), err=True)
+        known = _known(error)
+        if known is None:
+            known = Unexpected(
+                f"Something unexpected happened: {type(error).__name__}: {error}",
+                cure="Report the traceback." if debug else "Run it again with --debug and report the traceback.",
+            )
+        code = known.exit_code
+        _show(scrub(known.message), scrub(known.cure), code, as_json=as_json)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class Unexpected(OutboxError):  # noqa: N818  it wraps an error of any kind for the one who reads the terminal
+    """A mistake of this program."""
+
+    exit_code = 70
+
+
+def _known(error: Exception) -> OutboxError | None:
+    """The error in the project's words; None for a mistake of this program."""
+    if isinstance(error, OutboxError):
+        return error
+    from psycopg import Error
+
+    if isinstance(error, Error):
+        from outbox.database import translate
+
+        return translate(error, "the database")
+    return None
 
 
 def _show(message: str, cure: str, exit_code: int, *, as_json: bool) -> None:

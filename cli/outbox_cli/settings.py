@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 import orjson
+from click.shell_completion import CompletionItem
 
 from outbox.config import FILE_NAME, Config, Resolved, resolve
 from outbox.database import Connection, connect, place, translated
@@ -143,6 +144,34 @@ def with_settings(function: F) -> F:
     return update_wrapper(wrapped, function)  # type: ignore[return-value]  # the same call, less the first argument
 
 
+class EntityTypeName(click.ParamType):
+    """The name of an entity type; a shell completes it from the database when that answers quickly."""
+
+    name = "name"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002  click's signature
+        """The names that begin so; none when the database cannot be asked."""
+        import os
+
+        found = {name: value for level in (ctx.find_root(), ctx) for name, value in level.params.items() if value}
+        names = ("database_url", "schema", "config_file")
+        settings = Settings({name: found.get(name) for name in names}, dict(os.environ))
+        try:
+            config = settings.needs_database()
+            with connect(config.database_url, connect_timeout=2, statement_timeout=1) as connection:
+                from outbox.entity_types import read_types
+
+                return [
+                    CompletionItem(t.name)
+                    for t in read_types(connection, config.schema)
+                    if t.name.startswith(incomplete)
+                ]
+        except Exception:  # noqa: BLE001  whatever it is, a completion must not print it into the prompt
+            return []
+
+
+ENTITY_TYPE = EntityTypeName()
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
 
@@ -182,6 +211,7 @@ def fail(code: int) -> NoReturn:
 
 
 __all__ = [
+    "ENTITY_TYPE",
     "OutboxError",
     "Settings",
     "confirm",

@@ -67,14 +67,14 @@ def _topic_settings(name: str, pairs: tuple[str, ...], partitions: int | None) -
 
 
 @command.command(epilog="Example: outbox types add customer --topic shop.customer --partitions 12")
-@click.argument("name")
+@click.argument("type_name", metavar="NAME")
 @click.option("--topic", required=True, help="The topic that carries its states.")
 @_options
 @json_option
 @with_settings
 def add(
     settings: Settings,
-    name: str,
+    type_name: str,
     topic: str,
     collapse: bool | None,
     max_bytes: int | None,
@@ -86,11 +86,11 @@ def add(
     """Register an entity type."""
     import psycopg.errors
 
-    extra = _topic_settings(name, topic_setting, partitions)
+    extra = _topic_settings(type_name, topic_setting, partitions)
     with settings.connect() as connection:
         s = quote(settings.config.schema)
         taken = connection.execute(f"SELECT name FROM {s}.entity_types WHERE topic = %s".encode(), [topic]).fetchone()
-        if taken is not None and taken[0] != name:
+        if taken is not None and taken[0] != type_name:
             raise ConfigError(
                 f'The topic {topic} already belongs to the entity type "{taken[0]}": the topic says the type.',
                 cure="Choose another topic.",
@@ -99,33 +99,34 @@ def add(
             connection.execute(
                 f"INSERT INTO {s}.entity_types (name, topic, topic_settings, collapse, max_bytes, source) "
                 f"VALUES (%s, %s, %s, %s, %s, %s)".encode(),
-                [name, topic, Jsonb(extra), collapse is not False, max_bytes or 1_000_000, source],
+                [type_name, topic, Jsonb(extra), collapse is not False, max_bytes or 1_000_000, source],
             )
         except psycopg.errors.UniqueViolation as error:
             raise ConfigError(
-                f'The entity type "{name}" is there already.', cure=f"Change it: outbox types change {name} ..."
+                f'The entity type "{type_name}" is there already.',
+                cure=f"Change it: outbox types change {type_name} ...",
             ) from error
         except psycopg.errors.CheckViolation as error:
             raise ConfigError(
-                f'The entity type "{name}" with the topic "{topic}" cannot be registered: {error.diag.constraint_name}.',
+                f'The entity type "{type_name}" with the topic "{topic}" cannot be registered: {error.diag.constraint_name}.',
                 cure="A topic's name has letters, digits, dot, underscore and hyphen, at most 249.",
             ) from error
     if as_json:
-        print_json({"added": name, "topic": topic})
+        print_json({"added": type_name, "topic": topic})
     else:
-        click.echo(f"Added {name} -> {topic}. Make the topic: outbox topics apply.")
+        click.echo(f"Added {type_name} -> {topic}. Make the topic: outbox topics apply.")
         click.echo(_ADVICE, err=True)
 
 
 @command.command(epilog="Example: outbox types change customer --max-bytes 2000000")
-@click.argument("name")
+@click.argument("type_name", metavar="NAME")
 @click.option("--topic", help="Another topic. The old one is left as it is.")
 @_options
 @json_option
 @with_settings
 def change(
     settings: Settings,
-    name: str,
+    type_name: str,
     topic: str | None,
     collapse: bool | None,
     max_bytes: int | None,
@@ -135,41 +136,42 @@ def change(
     as_json: bool,
 ) -> None:
     """Change an entity type; what is not named stays."""
-    extra = _topic_settings(name, topic_setting, partitions)
+    extra = _topic_settings(type_name, topic_setting, partitions)
     with settings.connect() as connection:
         row = connection.execute(
             f"""UPDATE {quote(settings.config.schema)}.entity_types
                 SET topic = coalesce(%s, topic), topic_settings = topic_settings || %s,
                     collapse = coalesce(%s, collapse), max_bytes = coalesce(%s, max_bytes), source = coalesce(%s, source)
                 WHERE name = %s RETURNING name, topic""".encode(),
-            [topic, Jsonb(extra), collapse, max_bytes, source, name],
+            [topic, Jsonb(extra), collapse, max_bytes, source, type_name],
         ).fetchone()
     if row is None:
-        raise _unknown(name)
+        raise _unknown(type_name)
     if as_json:
         print_json({"changed": row[0], "topic": row[1]})
     else:
-        click.echo(f"Changed {name}. Bring the topic in line: outbox topics apply.")
+        click.echo(f"Changed {type_name}. Bring the topic in line: outbox topics apply.")
 
 
 @command.command(epilog="Example: outbox types remove customer --yes")
-@click.argument("name")
+@click.argument("type_name", metavar="NAME")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @with_settings
-def remove(settings: Settings, name: str, yes: bool, as_json: bool) -> None:
+def remove(settings: Settings, type_name: str, yes: bool, as_json: bool) -> None:
     """Remove an entity type; its topic and its entries stay. Entries not yet published are dead-lettered."""
-    confirm(f"Remove the entity type {name}? What is not published yet will be dead-lettered.", yes=yes)
+    confirm(f"Remove the entity type {type_name}? What is not published yet will be dead-lettered.", yes=yes)
     with settings.connect() as connection:
         row = connection.execute(
-            f"DELETE FROM {quote(settings.config.schema)}.entity_types WHERE name = %s RETURNING topic".encode(), [name]
+            f"DELETE FROM {quote(settings.config.schema)}.entity_types WHERE name = %s RETURNING topic".encode(),
+            [type_name],
         ).fetchone()
     if row is None:
-        raise _unknown(name)
+        raise _unknown(type_name)
     if as_json:
-        print_json({"removed": name, "topic": row[0]})
+        print_json({"removed": type_name, "topic": row[0]})
     else:
-        click.echo(f"Removed {name}; its topic {row[0]} is left as it is.")
+        click.echo(f"Removed {type_name}; its topic {row[0]} is left as it is.")
 
 
 def _unknown(name: str) -> UnknownTypeError:
