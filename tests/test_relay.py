@@ -15,6 +15,7 @@ import pytest
 
 from consume import entry_id, live, records, seen
 from devstack.kafka import Kafka
+from outbox.kafka.admin import Admin
 from relays import RelayProcess, environment, eventually, must, outbox
 from workload import Writers, committed_ids, judge
 
@@ -133,7 +134,7 @@ def test_one_oversized_and_one_refused_entry_among_ten_thousand(road: Road) -> N
     topic = road.add_type("thing", "--max-bytes", "20000", "--topic-setting", "message.timestamp.before.max.ms=3600000")
     road.sql(
         """INSERT INTO outbox.entries (type, key, state, created_at)
-           SELECT 'thing', n::text, CASE n WHEN 3333 THEN repeat('x', 60000)::bytea ELSE '{"n": 1}'::bytea END,
+           SELECT 'thing', n::text, CASE n WHEN 3333 THEN repeat('x', 1200000)::bytea ELSE '{"n": 1}'::bytea END,
                   CASE n WHEN 6666 THEN now() - interval '2 hours' ELSE now() END
            FROM generate_series(1, 10000) n"""
     )
@@ -144,7 +145,7 @@ def test_one_oversized_and_one_refused_entry_among_ten_thousand(road: Road) -> N
     letters = orjson.loads(must(road.env, "dead-letters", "list", "--json"))
     assert {(letter["key"], letter["reason"]) for letter in letters} == {("3333", "too-large"), ("6666", "refused")}
 
-    must(road.env, "types", "change", "thing", "--max-bytes", "100000")
+    must(road.env, "types", "change", "thing", "--max-bytes", "2000000")
     must(road.env, "types", "change", "thing", "--topic-setting", "message.timestamp.before.max.ms=9223372036854775807")
     must(road.env, "topics", "apply", "--yes")
     with road.relay() as relay:
@@ -159,7 +160,7 @@ def test_one_oversized_and_one_refused_entry_among_ten_thousand(road: Road) -> N
 def test_a_later_state_supersedes_a_dead_letter(road: Road) -> None:
     """What is published afterwards is newer: the letter has nothing to say any more."""
     topic = road.add_type("thing", "--max-bytes", "20000")
-    road.sql("INSERT INTO outbox.entries (type, key, state) VALUES ('thing', '1', repeat('x', 60000)::bytea)")
+    road.sql("INSERT INTO outbox.entries (type, key, state) VALUES ('thing', '1', repeat('x', 1200000)::bytea)")
     road.drain()
     assert len(orjson.loads(must(road.env, "dead-letters", "list", "--json"))) == 1
     road.sql("SELECT outbox.put('thing', '1', '{}')")
@@ -261,10 +262,8 @@ def test_a_missing_topic_and_one_that_is_not_compacted_are_refused_with_the_comm
     assert missing.returncode == 78
     assert "outbox topics apply" in missing.stderr
     must(road.env, "topics", "apply", "--yes")
-    road.kafka.tool(
-        "org.apache.kafka.tools.ConfigCommand", "--bootstrap-server", road.kafka.bootstrap, "--alter",
-        "--topic", f"{road.name}.user", "--add-config", "cleanup.policy=delete",
-    )  # fmt: skip
+    with Admin(road.kafka.bootstrap, {}) as admin:
+        admin.change(f"{road.name}.user", {"cleanup.policy": "delete"})
     deleting = outbox(road.env, "relay", "--until-caught-up")
     assert deleting.returncode == 78
     assert "cleanup.policy" in deleting.stderr

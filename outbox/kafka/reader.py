@@ -105,7 +105,8 @@ def _read(
         consumer.assign([TopicPartition(topic, p, offset) for p, offset in starts.items()])
         heard = time.monotonic()
         while open_partitions:
-            messages = consumer.consume(1000, 0.5)
+            # It waits until it has as many, or so long: short, since the end is near most of the time.
+            messages = consumer.consume(1000, 0.02)
             if messages:
                 heard = time.monotonic()
             elif time.monotonic() - heard > ANSWER_SECONDS:
