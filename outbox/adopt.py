@@ -34,7 +34,8 @@ def look(config: Config, connection: Connection, name: str) -> Prospect:
     s = quote(config.schema)
     with translated(place(config.database_url)):
         row = connection.execute(
-            f"""SELECT count(*) FILTER (WHERE e.id > s.removed_id), count(*) FILTER (WHERE e.id <= s.removed_id), s.epoch
+            f"""SELECT count(*) FILTER (WHERE e.id > s.removed_id), count(*) FILTER (WHERE e.id <= s.removed_id),
+                       s.epoch
                 FROM {s}.settings s LEFT JOIN {s}.entries e ON true GROUP BY s.epoch""".encode()
         ).fetchone()
     new, left_out, epoch = row or (0, 0, 0)

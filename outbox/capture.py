@@ -157,7 +157,8 @@ BEGIN
           AND (SELECT array_agg(a.attname::text ORDER BY a.attname::text) FROM pg_attribute a
                WHERE a.attrelid = target AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))
               = (SELECT array_agg(k ORDER BY k) FROM unnest({columns}) k)) THEN
-        RAISE EXCEPTION 'outbox: cannot capture %: it has no immediate unique constraint on exactly (%)', target, {listed}
+        RAISE EXCEPTION 'outbox: cannot capture %: it has no immediate unique constraint on exactly (%)',
+            target, {listed}
             USING ERRCODE = 'OB020', HINT = {literal("Add one that is not deferrable: " + alter)};
     END IF;
 END
@@ -168,7 +169,8 @@ def _function(capture: Capture) -> str:
     s, name = quote(capture.schema), literal(capture.type)
     if capture.on_truncate == "refuse":
         truncate = """RAISE EXCEPTION 'outbox: % is published: TRUNCATE would leave its topic as it is',
-            TG_RELID::regclass USING ERRCODE = 'OB021', HINT = 'DELETE the rows, or capture the table with truncate="tombstones".';"""
+            TG_RELID::regclass USING ERRCODE = 'OB021',
+            HINT = 'DELETE the rows, or capture the table with truncate="tombstones".';"""
     else:
         truncate = f"""INSERT INTO {s}.entries (type, key, state)
             SELECT {name}, {capture.key_of("t")}, NULL FROM {capture.target} t;

@@ -23,7 +23,7 @@ from outbox.errors import (
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 # A server that vanished without a word is noticed within this time, in seconds, also while nothing is sent.
-_KEEPALIVE = {
+_KEEPALIVE: dict[str, Any] = {
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,

@@ -34,7 +34,7 @@ def list_dead_letters(config: Config, name: str) -> list[tuple[DeadLetter, int]]
 def request(
     connection: Connection, schema: str, kind: Literal["retry", "drop"], *, type_name: str | None, keys: Sequence[str]
 ) -> int:
-    """Ask the relay to retry or drop dead letters: of a type (None: all), some keys or (empty) all; the request's id."""
+    """Ask the relay to retry or drop dead letters: of a type (None: all), some keys or (empty) all; its id."""
     row = connection.execute(
         f"INSERT INTO {quote(schema)}.requests (kind, arguments) VALUES (%s, %s) RETURNING id".encode(),
         [kind, Jsonb({"type": type_name, "keys": list(keys) or None})],

@@ -30,7 +30,7 @@ class Message(NamedTuple):
     topic: str
     key: bytes
     value: bytes | None
-    headers: list[tuple[str, bytes]]
+    headers: list[tuple[str, str | bytes | None]]
     created_ms: int
     entry: Entry
 
@@ -66,7 +66,7 @@ def messages(
                 Unpublishable(entry, None, "unknown-type", f'the entity type "{type_name}" is not registered')
             )
             continue
-        headers = [(ID_HEADER, b"%d" % entry_id)]
+        headers: list[tuple[str, str | bytes | None]] = [(ID_HEADER, b"%d" % entry_id)]
         if content_type is not None and content_type != JSON_CONTENT_TYPE:
             headers.append((CONTENT_TYPE_HEADER, content_type.encode()))
         if cause is not None:
@@ -78,7 +78,7 @@ def messages(
         # Judged cheaply first: hardly any state comes near the limit.
         size = len(key) + (0 if state is None else len(state))
         if size + 4096 > limits[topic] or own_headers is not None:
-            size += _RESERVE + sum(len(name) + len(value) + _RESERVE_PER_HEADER for name, value in headers)
+            size += _RESERVE + sum(len(name) + len(value or b"") + _RESERVE_PER_HEADER for name, value in headers)
             if size > limits[topic]:
                 refused.append(
                     Unpublishable(
@@ -93,7 +93,7 @@ def messages(
     return made, refused
 
 
-def _own(text: str) -> list[tuple[str, bytes]]:
+def _own(text: str) -> list[tuple[str, str | bytes | None]]:
     raw = orjson.loads(text)
     # The table allows any JSON value; writers refuse what is no string, a hand-written INSERT may not.
     return [(name, value.encode() if isinstance(value, str) else orjson.dumps(value)) for name, value in raw.items()]

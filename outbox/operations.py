@@ -208,10 +208,10 @@ class OutboxAddType:
         operations.invoke(
             _Statements(
                 [
-                    f"INSERT INTO {quote(schema)}.entity_types "
-                    "(name, topic, topic_settings, collapse, max_bytes, source) VALUES ("
-                    f"{literal(name)}, {literal(topic)}, {_json(settings)}, {_bool(collapse)}, {max_bytes}, "
-                    f"{'NULL' if source is None else literal(source)})"
+                    f"""INSERT INTO {quote(schema)}.entity_types
+    (name, topic, topic_settings, collapse, max_bytes, source)
+VALUES ({literal(name)}, {literal(topic)}, {_json(settings)}, {_bool(collapse)}, {max_bytes},
+    {"NULL" if source is None else literal(source)})"""
                 ]
             )
         )

@@ -88,7 +88,8 @@ class _Plan:
 class Relay:
     """Publishes one shard of one outbox.
 
-    `done` sums up what this process has published. `run()` goes on until `wake` is set; it returns, having left nothing half-done. Raises the errors of
+    `done` sums up what this process has published. `run()` goes on until `wake` is set; it returns, having left
+    nothing half-done. Raises the errors of
     `outbox.errors` that a person must act upon; what passes by itself is waited for.
     """
 

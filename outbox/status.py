@@ -77,10 +77,10 @@ def look(config: Config, connection: Connection) -> Status:
     with translated(place(config.database_url)):
         head = connection.execute(queries["outbox"].encode()).fetchone()
         name, shards, epoch, removed_id = head or ("", 1, 1, 0)
-        relays = dict(
+        relays: dict[str, int] = dict(
             connection.execute(queries["relays"].encode(), {"name": f"outbox-relay {name[:30]}/%"}).fetchall()
         )
-        types = dict(connection.execute(queries["types"].encode()).fetchall())
+        types: dict[str, str] = dict(connection.execute(queries["types"].encode()).fetchall())
         ring = slots(connection, config.schema)
     found: dict[int, Position] = {}
     letters: dict[tuple[str, int], int] = {}

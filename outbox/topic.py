@@ -141,7 +141,7 @@ def declared(
     for t in sorted(types, key=lambda t: t.name):
         if t.topic in owners:
             raise ConfigError(
-                f'The entity types "{owners[t.topic]}" and "{t.name}" share the topic {t.topic}: the topic says the type.',
+                f'The entity types "{owners[t.topic]}" and "{t.name}" share the topic {t.topic}, which says the type.',
                 cure=f"Give one of them another: outbox types change {t.name} --topic TOPIC.",
             )
         owners[t.topic] = t.name
@@ -214,7 +214,7 @@ def refusals(
             )
         if state.settings.get("message.timestamp.type") == "LogAppendTime":
             raise TopicError(
-                f"The topic {name} ({purpose}) has message.timestamp.type=LogAppendTime: it hides when a state was made.",
+                f"The topic {name} ({purpose}) has message.timestamp.type=LogAppendTime: it hides a state's time.",
                 cure=f"Mend it: {_APPLY}.",
             )
     for name in (positions, dead_letters):

@@ -56,7 +56,7 @@ class _Commands(click.Group):
 
             near = difflib.get_close_matches(args[0], _COMMANDS, 1)
             if near:
-                error.message += f" Did you mean {near[0]!r}?"
+                raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from error
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -74,7 +74,7 @@ class _Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @global_options
 @click.pass_context
-def cli(ctx: click.Context, debug: bool, **flags: Any) -> None:
+def cli(ctx: click.Context, /, debug: bool, **flags: Any) -> None:
     """Publish the current state of a service's entities to compacted Kafka topics, exactly once."""
     ctx.obj = Settings(flags, dict(os.environ), debug=debug)
 

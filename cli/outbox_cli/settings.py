@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from pathlib import Path
@@ -149,7 +149,7 @@ class EntityTypeName(click.ParamType):
 
     name = "name"
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002  click's signature
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The names that begin so; none when the database cannot be asked."""
         import os
 
@@ -189,7 +189,7 @@ def confirm(question: str, *, yes: bool) -> None:
     click.confirm(question, abort=True)
 
 
-def table(headings: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     """Rows under headings, as aligned text; numbers to the right."""
     cells = [headings, *[tuple("" if cell is None else str(cell) for cell in row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]

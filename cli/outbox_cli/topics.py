@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from outbox.topic import Action
 from outbox_cli.settings import Settings, confirm, fail, json_option, outbox_row, print_json, with_settings
 
 
@@ -24,7 +27,7 @@ def _look(settings: Settings):  # type: ignore[no-untyped-def]
     return config, topics.differences(config, wanted)
 
 
-def _shown(actions):  # type: ignore[no-untyped-def]
+def _shown(actions: Sequence[Action]) -> list[dict[str, object]]:
     return [
         {
             "kind": a.kind,
@@ -36,7 +39,7 @@ def _shown(actions):  # type: ignore[no-untyped-def]
     ]
 
 
-def _print(actions) -> None:  # type: ignore[no-untyped-def]
+def _print(actions: Sequence[Action]) -> None:
     for action in actions:
         click.echo(f"{action.kind:7} {action.topic}: {action.explanation}")
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import (
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, but not in its __all__
     AdminClient,
     AlterConfigOpType,
     ConfigEntry,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
@@ -90,7 +90,12 @@ class TransactionalProducer:
         self._in_transaction = True
 
     def send(
-        self, topic: str, key: bytes, value: bytes | None, headers: Sequence[tuple[str, bytes]], timestamp_ms: int
+        self,
+        topic: str,
+        key: bytes,
+        value: bytes | None,
+        headers: list[tuple[str, str | bytes | None]],
+        timestamp_ms: int,
     ) -> None:
         """Send a record, to the partition of its key."""
         while True:

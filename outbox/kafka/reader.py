@@ -10,16 +10,29 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+from confluent_kafka import admin as kafka_admin
+from confluent_kafka.admin import AdminClient
 
 from outbox.errors import OutboxError, TopicError
 from outbox.kafka.client import ANSWER_SECONDS, properties
 from outbox.kafka.faults import Fault, error_of, translate, unavailable
 
 _WINDOW = 200
+# confluent_kafka gives these no types.
+_SPEC: Any = kafka_admin.OffsetSpec  # type: ignore[attr-defined]  # exported, but not in its __all__
+_LATEST = _SPEC.latest()
+_EARLIEST = _SPEC.earliest()
 
 
 class Record(NamedTuple):
@@ -47,8 +60,8 @@ def read_topic(
     """
     with _admin(bootstrap, passthrough) as admin:
         chosen = list(partitions) if partitions is not None else _partitions(admin, topic)
-        ends = _offsets(admin, topic, chosen, OffsetSpec.latest())
-        starts = _offsets(admin, topic, chosen, OffsetSpec.earliest())
+        ends = _offsets(admin, topic, chosen, _LATEST)
+        starts = _offsets(admin, topic, chosen, _EARLIEST)
     yield from _read(bootstrap, passthrough, topic, {p: OFFSET_BEGINNING for p in chosen if starts[p] < ends[p]}, ends)
 
 
@@ -58,8 +71,8 @@ def read_last(bootstrap: str, passthrough: Mapping[str, str], topic: str, partit
     Reads backwards in growing windows: the last offsets may all belong to aborted transactions.
     """
     with _admin(bootstrap, passthrough) as admin:
-        end = _offsets(admin, topic, [partition], OffsetSpec.latest())[partition]
-        begin = _offsets(admin, topic, [partition], OffsetSpec.earliest())[partition]
+        end = _offsets(admin, topic, [partition], _LATEST)[partition]
+        begin = _offsets(admin, topic, [partition], _EARLIEST)[partition]
     window, upto = _WINDOW, end
     while upto > begin:
         since = max(begin, upto - window)
@@ -107,39 +120,37 @@ def _read(
         while open_partitions:
             # It waits until it has as many, or so long: short, since the end is near most of the time.
             messages = consumer.consume(1000, 0.02)
-            if messages:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > ANSWER_SECONDS:
-                raise unavailable(None)
             for message in messages:
-                partition = message.partition()
-                error = message.error()
-                if error is not None:
-                    if error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001  librdkafka's local codes are named so
-                        raise _person(error)
-                    # Also an end that lies beyond the last record that anybody receives.
-                    if message.offset() >= ends[partition]:
-                        open_partitions.discard(partition)
-                    continue
-                offset = message.offset()
-                if offset >= ends[partition]:
-                    open_partitions.discard(partition)
-                    continue
-                if partition in open_partitions:
+                partition, offset = message.partition() or 0, message.offset() or 0
+                if partition in open_partitions and not _is_end(message) and offset < ends[partition]:
                     yield Record(
                         partition,
                         offset,
                         message.timestamp()[1],
                         message.key(),
                         message.value(),
-                        message.headers() or (),
+                        cast("Sequence[tuple[str, bytes]]", message.headers() or ()),
                     )
-                if offset == ends[partition] - 1:
+                # The end of the partition is told at its offset, also where nobody receives the last records.
+                if offset >= ends[partition] - (not _is_end(message)):
                     open_partitions.discard(partition)
+            if messages:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > ANSWER_SECONDS:
+                raise unavailable(None)
     except KafkaException as exception:
         raise _person(error_of(exception)) from exception
     finally:
         consumer.close()
+
+
+def _is_end(message: Message) -> bool:
+    error = message.error()
+    if error is None:
+        return False
+    if error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001  librdkafka's local codes are named so
+        raise _person(error)
+    return True
 
 
 @contextmanager
