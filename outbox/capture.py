@@ -181,7 +181,7 @@ def _function(capture: Capture) -> str:
         new, old = (", ".join(f"{row}.{quote(c)}" for c in watched) for row in ("NEW", "OLD"))
         # The binary comparison: it works for every type.
         unchanged = f"""
-    IF TG_OP = 'UPDATE' AND NOT (ROW({new}) *<> ROW({old})) THEN
+    IF TG_OP = 'UPDATE' AND NOT (ROW({new})::record *<> ROW({old})::record) THEN
         RETURN NULL;
     END IF;"""
     changed = " OR ".join(f"NEW.{quote(c)} IS DISTINCT FROM OLD.{quote(c)}" for c in capture.key)

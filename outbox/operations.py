@@ -6,7 +6,6 @@ function bodies. Importing this module also keeps autogenerate and `alembic chec
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from alembic.autogenerate import comparators
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations import MigrateOperation, Operations
 from alembic.operations.ops import DropIndexOp, DropTableOp, ModifyTableOps, UpgradeOps
+from alembic.util import DispatchPriority, msg
 from sqlalchemy import exc
 
 from outbox import capture as _capture
@@ -31,8 +31,6 @@ from outbox.schema import (
     statements_up,
 )
 from outbox.topic import check_settings
-
-log = logging.getLogger("alembic.outbox")
 
 
 class _Statements(MigrateOperation):
@@ -111,7 +109,7 @@ class OutboxDrop:
 
     @classmethod
     def invoke(cls, operations: Operations, *, version: int = NEWEST, schema: str = "outbox") -> None:
-        """Remove the outbox with every entry and entity type; said in the log, with numbers. Topics stay."""
+        """Remove the outbox with every entry and entity type; said on standard output, with numbers. Topics stay."""
         settings = Settings(None, schema)
 
         def look(bind: Any) -> None:
@@ -125,11 +123,9 @@ class OutboxDrop:
                     f"The outbox cannot be removed while tables are captured: {captured}.",
                     cure="Release each before: op.outbox_release(TABLE).",
                 )
-            log.warning(
-                "removing the outbox %s: %d entries and %d entity types are deleted; what was not published is lost",
-                schema,
-                entries,
-                types,
+            msg(
+                f"Removing the outbox {schema}: {entries} entries and {types} entity types are deleted; what was not "
+                "published is lost, topics stay."
             )
 
         gone: list[str] = []
@@ -322,7 +318,8 @@ def check_name(found: str, asked: str | None) -> None:
         )
 
 
-@comparators.dispatch_for("schema")
+# Last of all: by then the others have said what they want to drop.
+@comparators.dispatch_for("schema", priority=DispatchPriority.LAST)
 def _keep_ours(context: AutogenContext, upgrade: UpgradeOps, schemas: Iterable[str | None]) -> None:
     """Take our own tables out of what autogenerate wants to drop, whatever schema it looked at."""
     del schemas  # ours are known by what is in the database
