@@ -1,4 +1,4 @@
-"""Dead letters: list them, and ask the relay to publish them again or to forget them.
+"""Dead letters: ask the relay to publish them again or to forget them.
 
 The command line never produces: it would fence the relay, or race it. It writes a request into the control table, and
 the relay reads the last retained entry of each key in the snapshot of a batch.
@@ -12,23 +12,9 @@ from typing import Any, Literal
 
 from psycopg.types.json import Jsonb
 
-from outbox.config import Config
 from outbox.database import Connection
-from outbox.dead_letter import DeadLetter
 from outbox.errors import RelayError
-from outbox.kafka.names import dead_letters_topic
-from outbox.kafka.reader import read_topic
 from outbox.schema import quote
-
-
-def list_dead_letters(config: Config, name: str) -> list[tuple[DeadLetter, int]]:
-    """All dead letters of an outbox with their shards, the oldest first."""
-    last: dict[bytes, tuple[bytes | None, int]] = {}
-    for record in read_topic(config.kafka_bootstrap_servers, config.kafka, dead_letters_topic(name)):
-        if record.key is not None:
-            last[record.key] = (record.value, record.partition)
-    letters = [(DeadLetter.decode(value), shard) for value, shard in last.values() if value is not None]
-    return sorted(letters, key=lambda pair: pair[0].at_ms)
 
 
 def request(

@@ -16,7 +16,6 @@ from alembic.util import rev_id as new_revision_id
 from sqlalchemy import create_engine, exc, text
 from sqlalchemy.pool import NullPool
 
-import outbox
 from outbox.database import libpq_url, place, translate
 from outbox.errors import ConfigError, DatabaseError, OutboxError
 from outbox.operations import check_name
@@ -37,7 +36,7 @@ class Migrated:
 
 def migrations_directory() -> Path:
     """Where our Alembic environment is: inside the installed package, or in the checkout of an editable install."""
-    package = Path(outbox.__file__).parent
+    package = Path(__file__).parent
     for place_ in (package / "_migrations", package.parent / "migrations"):
         if (place_ / "env.py").is_file():
             return place_

@@ -142,13 +142,12 @@ def _from_kafka(config: Config, name: str) -> tuple[dict[int, Position], dict[tu
     if not config.kafka_bootstrap_servers:
         raise OutboxError("No Kafka is named; what was published is not known.")
     try:
-        from outbox.dead_letters import list_dead_letters  # noqa: PLC0415  the extra may be missing
-        from outbox.kafka.shard_log import read_positions  # noqa: PLC0415  as above
+        from outbox.kafka.shard_log import read_dead_letters, read_positions  # noqa: PLC0415  the extra may be missing
     except ImportError as error:
         raise OutboxError("The Kafka client is not installed; what was published is not known.") from error
     positions = [Position.decode(value) for value in read_positions(config, name) if value is not None]
     counts: dict[tuple[str, int], int] = {}
-    for letter, shard in list_dead_letters(config, name):
+    for letter, shard in read_dead_letters(config, name):
         counts[letter.type, shard] = counts.get((letter.type, shard), 0) + 1
     return {position.shard: position for position in positions}, counts
 

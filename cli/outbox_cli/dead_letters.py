@@ -23,11 +23,11 @@ def command() -> None:
 def list_(settings: Settings, type_name: str | None, as_json: bool) -> None:
     """List the dead letters: entity, entry, reason."""
     config = settings.needs_kafka()
-    from outbox.dead_letters import list_dead_letters
+    from outbox.kafka.shard_log import read_dead_letters
 
     with settings.connect() as connection:
         name, _ = outbox_row(connection, config.schema)
-    letters = [(x, n) for x, n in list_dead_letters(config, name) if type_name is None or x.type == type_name]
+    letters = [(x, n) for x, n in read_dead_letters(config, name) if type_name is None or x.type == type_name]
     if as_json:
         print_json(
             [

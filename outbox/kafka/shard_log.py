@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from outbox.config import Config
 from outbox.dead_letter import DeadLetter, entity_key
@@ -133,15 +133,9 @@ class ShardLog:
         """The last committed position of every shard."""
         return read_positions(self._config, self._name)
 
-    def read_dead_letters(self) -> Iterator[DeadLetter]:
+    def read_dead_letters(self) -> list[DeadLetter]:
         """The dead letters of this shard."""
-        last: dict[bytes, bytes | None] = {}
-        for record in reader.read_topic(
-            self._config.kafka_bootstrap_servers, self._config.kafka, self._dead_letters, partitions=[self._shard]
-        ):
-            if record.key is not None:
-                last[record.key] = record.value
-        return (DeadLetter.decode(value) for value in last.values() if value is not None)
+        return [letter for letter, _ in read_dead_letters(self._config, self._name, shards=[self._shard])]
 
 
 def read_positions(config: Config, name: str) -> list[bytes | None]:
@@ -150,3 +144,17 @@ def read_positions(config: Config, name: str) -> list[bytes | None]:
     servers = (config.kafka_bootstrap_servers, config.kafka)
     found = [reader.read_last(*servers, topic, shard) for shard in range(reader.partition_count(*servers, topic))]
     return [record.value if record is not None else None for record in found]
+
+
+def read_dead_letters(
+    config: Config, name: str, *, shards: Sequence[int] | None = None
+) -> list[tuple[DeadLetter, int]]:
+    """The dead letters of an outbox (of some shards) with their shards, the oldest first."""
+    last: dict[bytes, tuple[bytes | None, int]] = {}
+    for record in reader.read_topic(
+        config.kafka_bootstrap_servers, config.kafka, dead_letters_topic(name), partitions=shards
+    ):
+        if record.key is not None:
+            last[record.key] = (record.value, record.partition)
+    letters = [(DeadLetter.decode(value), shard) for value, shard in last.values() if value is not None]
+    return sorted(letters, key=lambda pair: pair[0].at_ms)
