@@ -48,6 +48,7 @@ LEFT JOIN LATERAL (
 --     WHERE shard = S AND visible in S2 AND (id > floor OR xid >= xmax(S1) OR xid = ANY (xip(S1)))
 -- but with OR the planner may walk a whole index. So: ranges that each have an index, which share no row.
 -- `fresh`: above the anchor. `late`: at or below it, by transactions that S1 did not see.
+-- `id + 0` keeps the late ranges off the index on ids, which would serve their order by walking the whole log.
 -- In a cut the rows must also be visible in the snapshot at its end, and lie between what is done and the end's anchor.
 -- `through` is a running sum that ends the batch at its limit in bytes; the first row always comes.
 SELECT id, type, key, state, created_ms, content_type, cause, headers
@@ -65,17 +66,17 @@ FROM (
                 e.content_type, e.cause, e.headers::text, coalesce(octet_length(e.state), 0) + 256
          FROM {schema}.entries e
          WHERE e.shard = %(shard)s::smallint AND e.xid >= %(xmax1)s::text::xid8
-           AND e.id <= %(floor)s::bigint AND e.id > %(last_id)s::bigint
+           AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
            AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
-         ORDER BY e.id LIMIT {batch_rows})
+         ORDER BY e.id + 0 LIMIT {batch_rows})
         UNION ALL
         (SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint,
                 e.content_type, e.cause, e.headers::text, coalesce(octet_length(e.state), 0) + 256
          FROM {schema}.entries e
          WHERE e.shard = %(shard)s::smallint AND e.xid = ANY (%(xip1)s::text::xid8[])
-           AND e.id <= %(floor)s::bigint AND e.id > %(last_id)s::bigint
+           AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
            AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
-         ORDER BY e.id LIMIT {batch_rows})
+         ORDER BY e.id + 0 LIMIT {batch_rows})
         ORDER BY id LIMIT {batch_rows}
     ) b
 ) c

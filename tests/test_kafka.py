@@ -1,0 +1,288 @@
+"""The Kafka edge on a real broker: what comes of a transaction, and what a reader sees of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from devstack.kafka import Kafka
+from outbox.errors import BrokerUnavailableError, ConfigError, TopicError
+from outbox.kafka import reader
+from outbox.kafka.admin import Admin
+from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
+from outbox.kafka.producer import TransactionalProducer
+from outbox.kafka.settings import GUARDED, check_passthrough, is_secret
+
+pytestmark = pytest.mark.kafka
+
+FOR_EVER = str(2**63 - 1)
+
+
+@pytest.fixture
+def topic(kafka: Kafka, outbox_name: str) -> str:
+    """A compacted topic of one partition that takes records of up to 100,000 bytes."""
+    with Admin(kafka.bootstrap, {}) as admin:
+        admin.create(
+            outbox_name,
+            partitions=1,
+            replication_factor=1,
+            settings={"cleanup.policy": "compact", "max.message.bytes": "100000"},
+        )
+    return outbox_name
+
+
+Make = Callable[..., TransactionalProducer]
+
+
+@pytest.fixture
+def producer(kafka: Kafka, outbox_name: str) -> Iterator[Make]:
+    """Make producers of one transactional id; each is discarded after the test."""
+    made: list[TransactionalProducer] = []
+
+    def make(*, timeout_ms: int = 60_000, stop: Callable[[], bool] = lambda: False) -> TransactionalProducer:
+        one = TransactionalProducer(
+            kafka.bootstrap,
+            {},
+            transactional_id=f"{outbox_name}-0",
+            transaction_timeout_ms=timeout_ms,
+            batch_size=90_000,
+            message_max_bytes=200_000_000,
+            stop=stop,
+        )
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.discard()
+
+
+def publish(producer: TransactionalProducer, topic: str, *values: bytes | None, key: bytes = b"k") -> None:
+    """One committed transaction."""
+    producer.begin()
+    for value in values:
+        producer.send_to(topic, 0, key, value)
+    producer.commit()
+
+
+def abort(producer: TransactionalProducer, topic: str, *values: bytes) -> None:
+    """One aborted transaction whose records reached the broker."""
+    producer.begin()
+    for value in values:
+        producer.send_to(topic, 0, b"k", value)
+    producer._producer.flush(10)
+    producer.abort()
+
+
+def values(kafka: Kafka, topic: str) -> list[bytes | None]:
+    """What a read_committed reader gets."""
+    return [record.value for record in reader.read_topic(kafka.bootstrap, {}, topic)]
+
+
+def last(kafka: Kafka, topic: str) -> bytes | None:
+    """The value of the last committed record."""
+    record = reader.read_last(kafka.bootstrap, {}, topic, 0)
+    return None if record is None else record.value
+
+
+def test_a_record_arrives_as_it_was_sent(kafka: Kafka, topic: str, producer: Make) -> None:
+    """Key, value, headers and time come out; a tombstone is a true null."""
+    one = producer()
+    one.init()
+    one.begin()
+    one.send(topic, b"a", b"1", [("outbox-id", b"7")], 1_700_000_000_123)
+    one.send(topic, b"b", None, [], 1_700_000_000_124)
+    one.commit()
+    first, second = reader.read_topic(kafka.bootstrap, {}, topic)
+    assert (first.key, first.value, list(first.headers)) == (b"a", b"1", [("outbox-id", b"7")])
+    assert first.timestamp_ms == 1_700_000_000_123
+    assert second.value is None
+
+
+def test_a_second_holder_fences_the_first(kafka: Kafka, topic: str, producer: Make) -> None:
+    """What the first had open is gone, and it learns it at its next commit."""
+    first, second = producer(), producer()
+    first.init()
+    first.begin()
+    first.send_to(topic, 0, b"k", b"lost")
+    first._producer.flush(10)
+    second.init()
+    assert last(kafka, topic) is None
+    first.send_to(topic, 0, b"k", b"late")
+    with pytest.raises(Fenced):
+        first.commit()
+    first.discard()
+    publish(second, topic, b"kept")
+    assert values(kafka, topic) == [b"kept"]
+
+
+def test_an_oversized_record_fails_its_transaction_and_a_fresh_producer_goes_on(
+    kafka: Kafka, topic: str, producer: Make
+) -> None:
+    """The refusal names its code; nothing of the transaction is seen."""
+    one = producer()
+    one.init()
+    one.begin()
+    one.send_to(topic, 0, b"innocent", b"1")
+    one.send_to(topic, 0, b"k", _incompressible(150_000))
+    with pytest.raises(Refused) as refused:
+        one.commit()
+    assert refused.value.code == "MSG_SIZE_TOO_LARGE"
+    one.discard()
+    again = producer()
+    again.init()
+    publish(again, topic, b"2")
+    assert values(kafka, topic) == [b"2"]
+
+
+def test_a_time_far_ahead_is_refused(kafka: Kafka, topic: str, producer: Make) -> None:
+    """A topic without a declared limit refuses times more than an hour ahead."""
+    one = producer()
+    one.init()
+    one.begin()
+    one.send(topic, b"k", b"1", [], int(time.time() * 1000) + 2 * 3600 * 1000)
+    with pytest.raises(Refused) as refused:
+        one.commit()
+    assert refused.value.code == "INVALID_TIMESTAMP"
+
+
+def test_an_aborted_transaction_does_not_end_the_producer(kafka: Kafka, topic: str, producer: Make) -> None:
+    """After an abort the same producer commits the next one."""
+    one = producer()
+    one.init()
+    abort(one, topic, b"no")
+    publish(one, topic, b"yes")
+    assert values(kafka, topic) == [b"yes"]
+
+
+def test_a_topic_deleted_under_a_transaction_is_reported_and_can_be_left(
+    kafka: Kafka, topic: str, producer: Make
+) -> None:
+    """The commit says so before long, and throwing the producer away does not block."""
+    one = producer(timeout_ms=5_000)
+    one.init()
+    publish(one, topic, b"1")
+    from confluent_kafka.admin import AdminClient
+
+    AdminClient({"bootstrap.servers": kafka.bootstrap}).delete_topics([topic], operation_timeout=10)[topic].result()
+    one.begin()
+    with pytest.raises((Fault, TopicError)):  # noqa: PT012  whichever of the two calls meets it
+        one.send_to(topic, 0, b"k", b"2")
+        one.commit()
+    began = time.monotonic()
+    one.discard()
+    assert time.monotonic() - began < 5
+
+
+def test_a_stop_is_served_while_kafka_is_away(producer: Make, outbox_name: str) -> None:
+    """A producer that reaches no broker gives up when it is asked to stop."""
+    one = TransactionalProducer(
+        "127.0.0.1:1",
+        {},
+        transactional_id=outbox_name,
+        transaction_timeout_ms=60_000,
+        batch_size=90_000,
+        message_max_bytes=200_000_000,
+        stop=lambda: True,
+    )
+    began = time.monotonic()
+    with pytest.raises(BrokerUnavailableError):
+        one.init()
+    assert time.monotonic() - began < 5
+
+
+def test_the_last_record_is_found_behind_aborted_ones(kafka: Kafka, topic: str, producer: Make) -> None:
+    """The last offsets may all belong to aborted transactions: more of them than one window."""
+    one = producer()
+    one.init()
+    assert last(kafka, topic) is None
+    abort(one, topic, b"no")
+    assert last(kafka, topic) is None
+    publish(one, topic, *(b"%d" % n for n in range(500)))
+    abort(one, topic, *(b"no" for _ in range(3000)))
+    assert last(kafka, topic) == b"499"
+
+
+def test_an_open_transaction_is_not_read(kafka: Kafka, topic: str, producer: Make) -> None:
+    """Readers stop at the last stable offset, and do not wait for it to move."""
+    one = producer()
+    one.init()
+    publish(one, topic, b"1")
+    one.begin()
+    one.send_to(topic, 0, b"k", b"open")
+    one._producer.flush(10)
+    assert last(kafka, topic) == b"1"
+    assert values(kafka, topic) == [b"1"]
+    one.commit()
+    assert last(kafka, topic) == b"open"
+
+
+def test_reading_a_missing_topic_says_how_to_make_it(kafka: Kafka, outbox_name: str) -> None:
+    """The cure is a command."""
+    with pytest.raises(TopicError, match="outbox topics apply"):
+        list(reader.read_topic(kafka.bootstrap, {}, f"{outbox_name}-none"))
+
+
+def test_a_stall_beyond_the_time_limit_fences_without_a_second_holder(
+    kafka: Kafka, topic: str, producer: Make
+) -> None:
+    """Kafka ends a transaction that is older than its limit; a new producer goes on."""
+    one = producer(timeout_ms=1_000)
+    one.init()
+    publish(one, topic, b"1")
+    one.begin()
+    one.send_to(topic, 0, b"k", b"stalled")
+    one._producer.flush(10)
+    stable = last(kafka, topic)
+    # Kafka looks for such transactions every ten seconds; the last stable offset moves when it has.
+    deadline = time.monotonic() + 30
+    with Admin(kafka.bootstrap, {}) as _, reader._admin(kafka.bootstrap, {}) as admin:
+        latest = reader._offsets(admin, topic, [0], reader.OffsetSpec.latest())[0]
+        while reader._offsets(admin, topic, [0], reader.OffsetSpec.latest())[0] == latest:
+            assert time.monotonic() < deadline
+    with pytest.raises((Fenced, Aborted, Unknown)) as fault:
+        one.commit()
+    assert isinstance(fault.value, Fenced)
+    one.discard()
+    again = producer()
+    again.init()
+    publish(again, topic, b"2")
+    assert stable == b"1"
+    assert values(kafka, topic) == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("name", sorted(GUARDED))
+def test_a_property_that_carries_the_guarantee_is_refused(name: str) -> None:
+    """The error names the property."""
+    with pytest.raises(ConfigError, match=name):
+        check_passthrough({name: "1"})
+
+
+def test_security_passes_through_and_its_secrets_are_known() -> None:
+    """TLS and SASL are the user's; what must not be shown is known by name."""
+    check_passthrough({"security.protocol": "SASL_SSL", "sasl.password": "x", "ssl.key.pem": "y"})
+    assert is_secret("sasl.password")
+    assert is_secret("ssl.key.pem")
+    assert is_secret("sasl.oauthbearer.client.secret")
+    assert not is_secret("security.protocol")
+
+
+def test_without_the_extra_the_error_says_what_to_install() -> None:
+    """Importing the Kafka edge without confluent_kafka names the extra."""
+    code = (
+        "import sys; sys.modules['confluent_kafka'] = None\n"
+        "from outbox.errors import OutboxError\n"
+        "try:\n    import outbox.kafka.producer\nexcept OutboxError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'outbox-publisher[relay]'" in done.stdout, done.stderr
+
+
+def _incompressible(size: int) -> bytes:
+    import random
+
+    return random.Random(1).randbytes(size)
