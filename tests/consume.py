@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import orjson
-from outbox.kafka.reader import Record, read_topic
 
 from devstack.kafka import Kafka
+from outbox.kafka.reader import Record, read_topic
 from workload import Seen
 
 

@@ -227,9 +227,7 @@ def test_reading_a_missing_topic_says_how_to_make_it(kafka: Kafka, outbox_name: 
         list(reader.read_topic(kafka.bootstrap, {}, f"{outbox_name}-none"))
 
 
-def test_a_stall_beyond_the_time_limit_fences_without_a_second_holder(
-    kafka: Kafka, topic: str, producer: Make
-) -> None:
+def test_a_stall_beyond_the_time_limit_fences_without_a_second_holder(kafka: Kafka, topic: str, producer: Make) -> None:
     """Kafka ends a transaction that is older than its limit; a new producer goes on."""
     one = producer(timeout_ms=1_000)
     one.init()

@@ -11,8 +11,8 @@ from typing import Self
 import orjson
 import psycopg
 import pytest
-from outbox.config import Config
 
+from outbox.config import Config
 from outbox.entry import Entry
 from outbox.position import Position, start
 from outbox.reader import Reader

@@ -102,7 +102,7 @@ def main() -> None:
         # Whoever read our output has gone; Python must not complain about it while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the last resort, so that nobody sees a traceback unasked
         if debug:
             click.echo(scrub("".join(traceback.format_exception(error))), err=True)
         known = _known(error)

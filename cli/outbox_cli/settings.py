@@ -144,7 +144,7 @@ def with_settings(function: F) -> F:
     return update_wrapper(wrapped, function)  # type: ignore[return-value]  # the same call, less the first argument
 
 
-class EntityTypeName(click.ParamType):
+class EntityTypeName(click.ParamType[str]):
     """The name of an entity type; a shell completes it from the database when that answers quickly."""
 
     name = "name"

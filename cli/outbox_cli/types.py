@@ -108,7 +108,8 @@ def add(
             ) from error
         except psycopg.errors.CheckViolation as error:
             raise ConfigError(
-                f'The entity type "{type_name}" with the topic "{topic}" cannot be registered: {error.diag.constraint_name}.',
+                f'The entity type "{type_name}" with the topic "{topic}" cannot be registered '
+                f"({error.diag.constraint_name}).",
                 cure="A topic's name has letters, digits, dot, underscore and hyphen, at most 249.",
             ) from error
     if as_json:
@@ -141,7 +142,8 @@ def change(
         row = connection.execute(
             f"""UPDATE {quote(settings.config.schema)}.entity_types
                 SET topic = coalesce(%s, topic), topic_settings = topic_settings || %s,
-                    collapse = coalesce(%s, collapse), max_bytes = coalesce(%s, max_bytes), source = coalesce(%s, source)
+                    collapse = coalesce(%s, collapse), max_bytes = coalesce(%s, max_bytes),
+                    source = coalesce(%s, source)
                 WHERE name = %s RETURNING name, topic""".encode(),
             [topic, Jsonb(extra), collapse, max_bytes, source, type_name],
         ).fetchone()

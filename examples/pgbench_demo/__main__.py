@@ -13,13 +13,13 @@ from typing import NoReturn
 
 import psycopg
 from confluent_kafka import KafkaException, Producer
-from outbox.errors import OutboxError
 from psycopg import sql
 from sqlalchemy.exc import SQLAlchemyError
 
 from devstack.kafka import Kafka
 from devstack.postgres import Postgres
 from devstack.processes import Child, ServerError
+from outbox.errors import OutboxError
 from pgbench_demo.compare import Comparison, compare
 from pgbench_demo.publishing import NAME, Publishing
 from pgbench_demo.service import DATABASE, TABLES, Pgbench

@@ -8,10 +8,10 @@ from typing import Any
 
 import orjson
 import psycopg
-from outbox.kafka.reader import read_topic
 from psycopg import sql
 from psycopg.rows import dict_row
 
+from outbox.kafka.reader import read_topic
 from pgbench_demo.service import Published
 
 MOST_LISTED = 10

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import outbox.operations
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from sqlalchemy import NullPool, create_engine, make_url
 
+import outbox.operations
 from devstack.processes import Child, ServerError, tail
 from pgbench_demo.service import Published
 
@@ -25,7 +25,7 @@ STOP_SECONDS = 20.0
 
 
 class Publishing:
-    """The installed command `outbox`, pointed at the demo's servers. Failures raise `ServerError` with what it wrote."""
+    """The installed command `outbox` against the demo's servers; failures raise `ServerError` with what it wrote."""
 
     def __init__(self, url: str, bootstrap: str, directory: Path) -> None:
         self._url = url

@@ -13,6 +13,7 @@ from typing import Self
 
 import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
 from outbox.kafka.names import positions_topic
 from outbox.position import Position, Totals
 
