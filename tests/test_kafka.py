@@ -168,7 +168,8 @@ def test_a_topic_deleted_under_a_transaction_is_reported_and_can_be_left(
     publish(one, topic, b"1")
     from confluent_kafka.admin import AdminClient
 
-    AdminClient({"bootstrap.servers": kafka.bootstrap}).delete_topics([topic], operation_timeout=10)[topic].result()
+    client = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    client.delete_topics([topic], operation_timeout=10)[topic].result()
     one.begin()
     with pytest.raises((Fault, TopicError)):  # noqa: PT012  whichever of the two calls meets it
         one.send_to(topic, 0, b"k", b"2")
@@ -239,8 +240,8 @@ def test_a_stall_beyond_the_time_limit_fences_without_a_second_holder(kafka: Kaf
     # Kafka looks for such transactions every ten seconds; the last stable offset moves when it has.
     deadline = time.monotonic() + 30
     with Admin(kafka.bootstrap, {}) as _, reader._admin(kafka.bootstrap, {}) as admin:
-        latest = reader._offsets(admin, topic, [0], reader.OffsetSpec.latest())[0]
-        while reader._offsets(admin, topic, [0], reader.OffsetSpec.latest())[0] == latest:
+        latest = reader._offsets(admin, topic, [0], reader._LATEST)[0]
+        while reader._offsets(admin, topic, [0], reader._LATEST)[0] == latest:
             assert time.monotonic() < deadline
     with pytest.raises((Fenced, Aborted, Unknown)) as fault:
         one.commit()
@@ -270,14 +271,16 @@ def test_security_passes_through_and_its_secrets_are_known() -> None:
 
 
 def test_without_the_extra_the_error_says_what_to_install() -> None:
-    """Importing the Kafka edge without confluent_kafka names the extra."""
+    """A base install has no Kafka client; what needs one names the extra."""
     code = (
         "import sys; sys.modules['confluent_kafka'] = None\n"
-        "from outbox.errors import OutboxError\n"
-        "try:\n    import outbox.kafka.producer\nexcept OutboxError as error:\n    print(error)\n"
+        "from outbox_cli.main import main\n"
+        "sys.argv = ['outbox', '--database-url', 'postgresql://x@127.0.0.1/x', 'topics', 'plan']\n"
+        "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "pip install 'outbox-publisher[relay]'" in done.stdout, done.stderr
+    assert done.returncode == 78
+    assert "pip install 'outbox-publisher[relay]'" in done.stderr, done.stderr
 
 
 def _incompressible(size: int) -> bytes:

@@ -16,10 +16,11 @@ def command() -> None:
 
 
 def _look(settings: Settings):  # type: ignore[no-untyped-def]
+
+    config = settings.needs_kafka()
     from outbox import topics
     from outbox.entity_types import read_types
 
-    config = settings.needs_kafka()
     with settings.connect() as connection:
         name, shards = outbox_row(connection, config.schema)
         types = read_types(connection, config.schema)
@@ -81,9 +82,9 @@ def check(settings: Settings, as_json: bool) -> None:
 @with_settings
 def apply(settings: Settings, yes: bool, grow: bool, as_json: bool) -> None:
     """Make missing topics and change settings that drifted. Never deletes. Exit 1 when something is left."""
+    config, actions = _look(settings)
     from outbox import topics
 
-    config, actions = _look(settings)
     doable = [a for a in actions if a.kind in {"create", "change"} or (grow and a.kind == "grow")]
     left = [a for a in actions if a not in doable]
     if doable and not yes:

@@ -1,0 +1,237 @@
+"""The command line with everything that can be wrong: one clear sentence, the cure, a documented exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from devstack.kafka import Kafka
+from devstack.postgres import Postgres
+from devstack.processes import free_port
+from relays import environment, must, outbox
+
+pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
+
+# Every command that talks to the database, and which of them talk to Kafka too.
+WITH_KAFKA = (
+    ("topics", "plan"),
+    ("topics", "apply", "--yes"),
+    ("topics", "check"),
+    ("relay", "--until-caught-up"),
+    ("prune",),
+    ("dead-letters", "list"),
+    ("adopt", "--yes"),
+)
+COMMANDS = (
+    ("types", "list"),
+    ("types", "add", "x", "--topic", "x"),
+    ("types", "change", "x", "--max-bytes", "5"),
+    ("types", "remove", "x", "--yes"),
+    ("status",),
+    *WITH_KAFKA,
+)
+
+
+def refused(env: dict[str, str], arguments: tuple[str, ...], code: int, *words: str) -> None:
+    """Assert that a command is refused in words, and in JSON for scripts."""
+    done = outbox(env, *arguments, seconds=90)
+    assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr + done.stdout
+    for word in words:
+        assert word in done.stderr, f"{arguments}: {done.stderr}"
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> dict[str, str]:
+    """An environment in which nothing answers."""
+    return environment(f"postgresql://nobody@127.0.0.1:{free_port()}/x", f"127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize("arguments", [c for c in COMMANDS if c[0] != "relay"], ids=" ".join)
+def test_an_unreachable_database(nowhere: dict[str, str], arguments: tuple[str, ...]) -> None:
+    """Exit 69; it may come back."""
+    refused(nowhere, arguments, 69, "cannot be reached", "OUTBOX_DATABASE_URL")
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_a_database_without_an_outbox(database_url: str, kafka: Kafka, arguments: tuple[str, ...]) -> None:
+    """Exit 78, and the migration to write."""
+    refused(environment(database_url, kafka.bootstrap), arguments, 78, "outbox migrate --name NAME")
+
+
+@pytest.mark.parametrize("arguments", [("types", "list"), ("relay", "--until-caught-up"), ("status",)], ids=" ".join)
+def test_a_wrong_name_is_refused(outbox_database: str, kafka: Kafka, arguments: tuple[str, ...]) -> None:
+    """The name is checked, never set."""
+    refused(environment(outbox_database, kafka.bootstrap, name="tset"), arguments, 78, '"test"', '"tset"')
+
+
+def test_a_wrong_password(postgres: Postgres, tmp_path: Path) -> None:
+    """Exit 77: trying again does not help. The password is not in the message."""
+    with Postgres(tmp_path / "guarded", options={"fsync": "off"}) as server:
+        with psycopg.connect(server.url(), autocommit=True) as admin:
+            admin.execute("CREATE ROLE guarded LOGIN PASSWORD 'right'")
+        hba = server.data / "pg_hba.conf"
+        hba.write_text("host all guarded 127.0.0.1/32 scram-sha-256\n" + hba.read_text())
+        server.restart()
+        env = environment(server.url(user="guarded", password="wr0ng-s3cret"), "127.0.0.1:1")
+        done = outbox(env, "types", "list")
+        assert done.returncode == 77
+        assert "password" in done.stderr
+        assert "wr0ng-s3cret" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [c for c in WITH_KAFKA if c[0] not in {"relay", "adopt"}], ids=" ".join)
+def test_kafka_is_not_there(outbox_database: str, arguments: tuple[str, ...]) -> None:
+    """Exit 69."""
+    refused(environment(outbox_database, f"127.0.0.1:{free_port()}"), arguments, 69, "Kafka does not answer")
+
+
+def test_status_shows_the_databases_half_without_kafka(outbox_database: str) -> None:
+    """And says so."""
+    env = environment(outbox_database, f"127.0.0.1:{free_port()}")
+    status = json.loads(must(env, "status", "--json"))
+    assert "Kafka" in status["kafka"]
+    assert status["name"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_rows": "many"}, ("batch_rows", "a whole number")),
+        ({"on_lost_tail": "cry"}, ("on_lost_tail", "adopt, stop")),
+        ({"poll_interval": "-1"}, ("poll_interval", "seconds")),
+        ({"config": "/nowhere/outbox.toml"}, ("/nowhere/outbox.toml",)),
+    ],
+)
+def test_a_bad_setting_is_refused_with_its_source(settings: dict[str, str], words: tuple[str, ...]) -> None:
+    """Exit 78, before anything is done."""
+    refused(environment("postgresql://x@127.0.0.1/x", "x:1", **settings), ("config",), 78, *words)
+
+
+def test_a_file_with_an_unknown_or_weakening_setting_is_refused(tmp_path: Path) -> None:
+    """With the name that was likely meant; with the reason."""
+    env = environment("postgresql://x@127.0.0.1/x", "x:1", config=str(tmp_path / "outbox.toml"))
+    (tmp_path / "outbox.toml").write_text("batch_row = 5\n")
+    refused(env, ("config",), 78, "batch_row", "batch_rows")
+    (tmp_path / "outbox.toml").write_text('[kafka]\nacks = "1"\n')
+    refused(env, ("config",), 78, "acks", "exactly-once")
+
+
+def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
+    """And `outbox config` says where each comes from; the password is masked."""
+    file = tmp_path / "outbox.toml"
+    file.write_text('schema = "file"\nbatch_rows = 7\npoll_interval = 3\n[kafka]\n"sasl.password" = "hush"\n')
+    env = environment("postgresql://ann:hush@db/x", "k:1", config=str(file), schema="env", batch_rows="8")
+    text = must(env, "config", "--json", "--schema", "flag")
+    assert "hush" not in text
+    shown = json.loads(text)
+    assert [
+        (shown[n]["value"], shown[n]["source"].split(",")[0]) for n in ("schema", "batch_rows", "poll_interval")
+    ] == [
+        ("flag", "flag --schema"),
+        (8, "environment"),
+        (3.0, str(file)),
+    ]
+    assert shown["lock_tries"]["source"] == "default"
+
+
+def test_an_unknown_type(outbox_database: str, kafka: Kafka) -> None:
+    """Names the command that lists them."""
+    env = environment(outbox_database, kafka.bootstrap)
+    refused(env, ("types", "change", "nope", "--max-bytes", "5"), 65, '"nope"', "outbox types list")
+
+
+def test_without_a_terminal_nothing_is_asked(outbox_database: str, kafka: Kafka) -> None:
+    """Exit 2 and how to say that it is meant."""
+    env = environment(outbox_database, kafka.bootstrap)
+    must(env, "types", "add", "user", "--topic", "t.user")
+    refused(env, ("topics", "apply"), 2, "--yes")
+    refused(env, ("types", "remove", "user"), 2, "--yes")
+
+
+def test_two_types_cannot_share_a_topic_and_odd_settings_are_refused(outbox_database: str, kafka: Kafka) -> None:
+    """Refused early; nothing is lost."""
+    env = environment(outbox_database, kafka.bootstrap)
+    must(env, "types", "add", "a", "--topic", "same")
+    refused(env, ("types", "add", "b", "--topic", "same"), 78, "already belongs")
+    refused(env, ("types", "add", "a", "--topic", "other"), 78, "there already")
+    refused(env, ("types", "add", "c", "--topic", "c", "--topic-setting", "cleanup.policy=delete"), 78, "lose")
+    refused(env, ("types", "add", "c", "--topic", "c", "--topic-setting", "retention.weeks=1"), 78, "retention.weeks")
+    refused(env, ("types", "add", "c", "--topic", "a b"), 78, "letters")
+
+
+def test_topics_are_planned_made_checked_and_mended(outbox_database: str, kafka: Kafka, outbox_name: str) -> None:
+    """Drift is shown and mended; a second apply does nothing."""
+    env = environment(outbox_database, kafka.bootstrap)
+    topic = f"{outbox_name}.user"
+    must(env, "types", "add", "user", "--topic", topic, "--partitions", "3")
+    assert any(a["topic"] == topic and a["kind"] == "create" for a in json.loads(must(env, "topics", "plan", "--json")))
+    must(env, "topics", "apply", "--yes")
+    assert json.loads(must(env, "topics", "check", "--json"))["equal"]
+    must(env, "types", "change", "user", "--topic-setting", "segment.ms=5000")
+    assert outbox(env, "topics", "check").returncode == 1
+    done = json.loads(must(env, "topics", "apply", "--yes", "--json"))
+    assert [(a["kind"], a["topic"]) for a in done["done"]] == [("change", topic)]
+    must(env, "topics", "check")
+    must(env, "types", "change", "user", "--partitions", "5")
+    assert outbox(env, "topics", "apply", "--yes").returncode == 1
+    must(env, "topics", "apply", "--yes", "--grow")
+    must(env, "topics", "check")
+
+
+def test_prune_empties_what_is_old_and_published_and_nothing_else(
+    make_outbox: Callable[..., str], kafka: Kafka, outbox_name: str
+) -> None:
+    """Never a slot that a shard still needs; the greatest id removed is recorded."""
+    url = make_outbox(retention="1 day")
+    env = environment(url, kafka.bootstrap)
+    must(env, "types", "add", "user", "--topic", f"{outbox_name}.user")
+    must(env, "topics", "apply", "--yes")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            """INSERT INTO outbox.entries (type, key, state, slot, created_at)
+               SELECT 'user', n::text, '{}', s, now() - interval '3 days'
+               FROM generate_series(1, 10) n, generate_series(1, 2) s"""
+        )
+        before = json.loads(must(env, "prune", "--json"))
+        assert not any(slot["pruned"] for slot in before["slots"])
+        must(env, "relay", "--until-caught-up")
+        # The last entry is the anchor: its slot stays until newer ones have been published.
+        would = json.loads(must(env, "prune", "--dry-run", "--json"))["slots"]
+        assert [s["slot"] for s in would if s["pruned"]] == [1]
+        assert "anchor" in would[2]["reason"]
+        connection.execute("SELECT outbox.put('user', 'new', '{}')")
+        must(env, "relay", "--until-caught-up")
+        connection.execute(
+            """INSERT INTO outbox.entries (type, key, state, slot, created_at)
+               VALUES ('user', 'unpublished', '{}', 3, now() - interval '3 days')"""
+        )
+        pruned = json.loads(must(env, "prune", "--json"))["slots"]
+        assert {s["slot"]: s["entries"] for s in pruned if s["pruned"]} == {1: 10, 2: 10}
+        (kept,) = [s for s in pruned if s["slot"] == 3]
+        assert "has not published it" in kept["reason"]
+        assert connection.execute("SELECT removed_id FROM outbox.settings").fetchone() == (20,)
+        assert connection.execute("SELECT count(*) FROM outbox.entries").fetchone() == (2,)
+
+
+def test_completion_is_printed_for_each_shell() -> None:
+    """Bash, zsh and fish."""
+    for shell in ("bash", "zsh", "fish"):
+        assert "_OUTBOX_COMPLETE" in must({"PATH": "/usr/bin:/bin"}, "completion", shell)
+
+
+def test_an_unknown_command_names_the_one_that_was_meant() -> None:
+    """Exit 2."""
+    refused(environment("postgresql://x@y/z", "x:1"), ("statsu",), 2, "status")
+
+
+def test_with_json_an_error_is_json(nowhere: dict[str, str]) -> None:
+    """On standard error, with the exit code."""
+    done = outbox(nowhere, "types", "list", "--json")
+    said = json.loads(done.stderr)
+    assert said["exit_code"] == done.returncode == 69
+    assert said["cure"]
