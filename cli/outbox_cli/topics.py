@@ -15,8 +15,7 @@ def command() -> None:
     """Compare the topics with what the entity types declare, and mend them."""
 
 
-def _look(settings: Settings):  # type: ignore[no-untyped-def]
-
+def _look(settings: Settings) -> tuple[Config, list[Action]]:
     config = settings.needs_kafka()
     from outbox import topics
     from outbox.entity_types import read_types
