@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from outbox.config import Config
 from outbox.topic import Action
 from outbox_cli.settings import Settings, confirm, fail, json_option, outbox_row, print_json, with_settings
 
