@@ -224,15 +224,7 @@ class Reader:
         began = time.monotonic()
         connection = self._open()
         point, cut = position.point, position.cut
-        reached = position.reached.anchor
-        head_arguments = {
-            "anchor_id": reached.id if reached else None,
-            "anchor_xid": str(reached.xid) if reached else None,
-            "anchor_created": reached.created_us if reached else None,
-            "anchor_shard": reached.shard if reached else None,
-            "types_version": self._types_version,
-            "shard": self._shard,
-        }
+        head_arguments = self._head_arguments(position)
         last_id = cut.last_id if cut else 0
         to = cut.to.snapshot if cut else None
         fresh_only = point.snapshot is None or last_id >= point.floor
@@ -278,6 +270,25 @@ class Reader:
             retained,
             time.monotonic() - began,
         )
+
+    def look(self, position: Position) -> Head:
+        """What the database says of itself now, given a position: a batch's head, without its entries."""
+        with translated(self._where):
+            row = self._open().execute(self._query("head"), self._head_arguments(position)).fetchone()
+        if row is None:
+            raise SchemaError(f"The outbox in {self._where} has no settings any more.")
+        return self._head(row)[0]
+
+    def _head_arguments(self, position: Position) -> dict[str, Any]:
+        reached = position.reached.anchor
+        return {
+            "anchor_id": reached.id if reached else None,
+            "anchor_xid": str(reached.xid) if reached else None,
+            "anchor_created": reached.created_us if reached else None,
+            "anchor_shard": reached.shard if reached else None,
+            "types_version": self._types_version,
+            "shard": self._shard,
+        }
 
     def _query(self, name: str) -> Any:
         # psycopg takes only literal strings; these come from files.

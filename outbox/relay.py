@@ -185,8 +185,13 @@ class Relay:
                 )
                 return
             try:
-                if self._position is not None and self._something(self._read(self._position)):
-                    return
+                if self._position is not None:
+                    batch = self._read(self._position)
+                    if self._something(batch):
+                        # What the look has found need not be read twice.
+                        self._ahead = Future()
+                        self._ahead.set_result(batch)
+                        return
                 self._reader.show("idle")
                 self._reader.wait_rung(self._config.poll_interval, self._wake)
             finally:
@@ -265,7 +270,7 @@ class Relay:
         if identity is None:
             raise DatabaseUnavailableError("There is no connection to the database.")
         self._release()
-        head = self._reader.read(positions.start(identity.name, self._shard, self._token, 0, None, 0, 0)).head
+        head = self._reader.look(positions.start(identity.name, self._shard, self._token, 0, None, 0, 0))
         kafka = ShardLog(self._config, identity.name, self._shard, stop=lambda: self._wake.is_set)
         try:
             kafka.check(self._reader.types, shards=identity.shards)
@@ -299,8 +304,7 @@ class Relay:
 
     def _refuse_other_cluster(self, position: Position, identity: Identity) -> None:
         """Before anything is written: a wrong database must not even take the token."""
-        batch = self._reader.read(position)
-        if judge(position, batch.head) is Verdict.OTHER_CLUSTER:
+        if judge(position, self._reader.look(position)) is Verdict.OTHER_CLUSTER:
             raise WrongClusterError(
                 f"The database is another cluster (system identifier {identity.system}) than the one that "
                 f'"{identity.name}" was published from ({position.system}): a copy, or a wrong database URL.',
@@ -336,7 +340,8 @@ class Relay:
         self._drop_ahead()
         if what == "database":
             self._reader.close()
-        else:
+        if what == "kafka" or (self._kafka is not None and self._kafka.in_transaction):
+            # Also when PostgreSQL went away in the middle: what was begun is not gone on with.
             self._release()
 
     def _drop_ahead(self) -> None:

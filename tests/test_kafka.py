@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from devstack.kafka import Kafka
 from outbox.errors import BrokerUnavailableError, ConfigError, TopicError
@@ -16,6 +17,7 @@ from outbox.kafka.admin import Admin
 from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
 from outbox.kafka.producer import TransactionalProducer
 from outbox.kafka.settings import GUARDED, check_passthrough, is_secret
+from relays import eventually
 
 pytestmark = pytest.mark.kafka
 
@@ -78,6 +80,15 @@ def abort(producer: TransactionalProducer, topic: str, *values: bytes) -> None:
     producer.abort()
 
 
+def settled(kafka: Kafka, topic: str, expected: list[bytes | None]) -> bool:
+    """Whether readers get what was committed.
+
+    A commit is answered when the coordinator has decided; the markers that make it visible follow a few milliseconds
+    later.
+    """
+    return eventually(lambda: values(kafka, topic) == expected, seconds=10, what=f"{expected!r}")
+
+
 def values(kafka: Kafka, topic: str) -> list[bytes | None]:
     """What a read_committed reader gets."""
     return [record.value for record in reader.read_topic(kafka.bootstrap, {}, topic)]
@@ -97,6 +108,7 @@ def test_a_record_arrives_as_it_was_sent(kafka: Kafka, topic: str, producer: Mak
     one.send(topic, b"a", b"1", [("outbox-id", b"7")], 1_700_000_000_123)
     one.send(topic, b"b", None, [], 1_700_000_000_124)
     one.commit()
+    assert settled(kafka, topic, [b"1", None])
     first, second = reader.read_topic(kafka.bootstrap, {}, topic)
     assert (first.key, first.value, list(first.headers)) == (b"a", b"1", [("outbox-id", b"7")])
     assert first.timestamp_ms == 1_700_000_000_123
@@ -117,7 +129,7 @@ def test_a_second_holder_fences_the_first(kafka: Kafka, topic: str, producer: Ma
         first.commit()
     first.discard()
     publish(second, topic, b"kept")
-    assert values(kafka, topic) == [b"kept"]
+    assert settled(kafka, topic, [b"kept"])
 
 
 def test_an_oversized_record_fails_its_transaction_and_a_fresh_producer_goes_on(
@@ -136,7 +148,7 @@ def test_an_oversized_record_fails_its_transaction_and_a_fresh_producer_goes_on(
     again = producer()
     again.init()
     publish(again, topic, b"2")
-    assert values(kafka, topic) == [b"2"]
+    assert settled(kafka, topic, [b"2"])
 
 
 def test_a_time_far_ahead_is_refused(kafka: Kafka, topic: str, producer: Make) -> None:
@@ -156,7 +168,7 @@ def test_an_aborted_transaction_does_not_end_the_producer(kafka: Kafka, topic: s
     one.init()
     abort(one, topic, b"no")
     publish(one, topic, b"yes")
-    assert values(kafka, topic) == [b"yes"]
+    assert settled(kafka, topic, [b"yes"])
 
 
 def test_a_topic_deleted_under_a_transaction_is_reported_and_can_be_left(
@@ -166,8 +178,6 @@ def test_a_topic_deleted_under_a_transaction_is_reported_and_can_be_left(
     one = producer(timeout_ms=5_000)
     one.init()
     publish(one, topic, b"1")
-    from confluent_kafka.admin import AdminClient
-
     client = AdminClient({"bootstrap.servers": kafka.bootstrap})
     client.delete_topics([topic], operation_timeout=10)[topic].result()
     one.begin()
@@ -196,6 +206,18 @@ def test_a_stop_is_served_while_kafka_is_away(producer: Make, outbox_name: str) 
     assert time.monotonic() - began < 5
 
 
+def test_a_successor_sees_what_was_committed_just_before_it_took_over(kafka: Kafka, topic: str, producer: Make) -> None:
+    """`init` waits until the predecessor's commit is visible: only after it is the position the truth."""
+    one = producer()
+    one.init()
+    for n in range(10):
+        publish(one, topic, b"%d" % n)
+        one.discard()
+        one = producer()
+        one.init()
+        assert last(kafka, topic) == b"%d" % n
+
+
 def test_the_last_record_is_found_behind_aborted_ones(kafka: Kafka, topic: str, producer: Make) -> None:
     """The last offsets may all belong to aborted transactions: more of them than one window."""
     one = producer()
@@ -205,7 +227,7 @@ def test_the_last_record_is_found_behind_aborted_ones(kafka: Kafka, topic: str, 
     assert last(kafka, topic) is None
     publish(one, topic, *(b"%d" % n for n in range(500)))
     abort(one, topic, *(b"no" for _ in range(3000)))
-    assert last(kafka, topic) == b"499"
+    eventually(lambda: last(kafka, topic) == b"499", seconds=10)
 
 
 def test_an_open_transaction_is_not_read(kafka: Kafka, topic: str, producer: Make) -> None:
@@ -213,13 +235,14 @@ def test_an_open_transaction_is_not_read(kafka: Kafka, topic: str, producer: Mak
     one = producer()
     one.init()
     publish(one, topic, b"1")
+    assert settled(kafka, topic, [b"1"])
     one.begin()
     one.send_to(topic, 0, b"k", b"open")
     one._producer.flush(10)
     assert last(kafka, topic) == b"1"
-    assert values(kafka, topic) == [b"1"]
+    assert settled(kafka, topic, [b"1"])
     one.commit()
-    assert last(kafka, topic) == b"open"
+    eventually(lambda: last(kafka, topic) == b"open", seconds=10)
 
 
 def test_reading_a_missing_topic_says_how_to_make_it(kafka: Kafka, outbox_name: str) -> None:
@@ -233,10 +256,10 @@ def test_a_stall_beyond_the_time_limit_fences_without_a_second_holder(kafka: Kaf
     one = producer(timeout_ms=1_000)
     one.init()
     publish(one, topic, b"1")
+    assert settled(kafka, topic, [b"1"])
     one.begin()
     one.send_to(topic, 0, b"k", b"stalled")
     one._producer.flush(10)
-    stable = last(kafka, topic)
     # Kafka looks for such transactions every ten seconds; the last stable offset moves when it has.
     deadline = time.monotonic() + 30
     with Admin(kafka.bootstrap, {}) as _, reader._admin(kafka.bootstrap, {}) as admin:
@@ -250,8 +273,7 @@ def test_a_stall_beyond_the_time_limit_fences_without_a_second_holder(kafka: Kaf
     again = producer()
     again.init()
     publish(again, topic, b"2")
-    assert stable == b"1"
-    assert values(kafka, topic) == [b"1", b"2"]
+    assert settled(kafka, topic, [b"1", b"2"])
 
 
 @pytest.mark.parametrize("name", sorted(GUARDED))

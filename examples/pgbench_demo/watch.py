@@ -19,6 +19,7 @@ from outbox.position import Position, Totals
 
 SAMPLE = 200
 """How many records' latencies are looked up at each look: a fair sample, at little cost for the database."""
+LISTEN_SECONDS = 30.0
 RECENT = 10
 """Over how many looks the live percentiles go."""
 
@@ -93,6 +94,8 @@ class Watch:
             for consumer in (self._position_consumer, self._state_consumer)
         ]
         self._stop = threading.Event()
+        self._wanted = threading.Event()
+        self._listening = threading.Event()
         self._failed: Exception | None = None
         self._lock = threading.Lock()
         self._position: Position | None = None
@@ -119,14 +122,9 @@ class Watch:
 
     def listen(self) -> None:
         """From now on, measure how long states take to arrive; what is in the topics already is left out."""
-        consumer = self._state_consumer
-        ends = []
-        for topic in self._topics:
-            for partition in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
-                end = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)[1]
-                ends.append(TopicPartition(topic, partition, end))
-        consumer.assign(ends)
-        self._threads[1].start()
+        self._wanted.set()
+        if not self._listening.wait(LISTEN_SECONDS) or self._failed is not None:
+            raise self._failed or KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001 - librdkafka's own codes are named so
 
     def look(self) -> Look:
         """How things are now. Raises `KafkaException` when the consumer has failed."""
@@ -176,12 +174,24 @@ class Watch:
     def _consume(self, consumer: Consumer) -> None:
         try:
             while not self._stop.is_set():
+                if self._wanted.is_set() and not self._listening.is_set():
+                    self._assign_ends()
                 # One at a time: a call for many would keep the first back until it had them all.
                 message = consumer.poll(0.1)
                 if message is not None:
                     self._take(message, time.time())
         except Exception as error:  # noqa: BLE001 - it is raised where somebody looks
             self._failed = error
+            self._listening.set()
+
+    def _assign_ends(self) -> None:
+        topics = self._consumer.list_topics(timeout=LISTEN_SECONDS).topics
+        # Explicit offsets: an end that is looked up later would leave out what came in between.
+        places = [TopicPartition(topic, partition) for topic in self._topics for partition in topics[topic].partitions]
+        for place in places:
+            place.offset = self._consumer.get_watermark_offsets(place, timeout=LISTEN_SECONDS)[1]
+        self._consumer.incremental_assign(places)
+        self._listening.set()
 
     def _take(self, message: Message, now: float) -> None:
         error = message.error()

@@ -44,7 +44,7 @@ class TransactionalProducer:
     ) -> None:
         self._stop = stop
         self._timeout = transaction_timeout_ms / 1000
-        self._in_transaction = False
+        self.in_transaction = False
         # The user's properties come first: what carries the guarantee cannot be overridden.
         self._producer = Producer(
             {
@@ -87,7 +87,7 @@ class TransactionalProducer:
             self._producer.begin_transaction()
         except KafkaException as exception:
             raise translate(error_of(exception)) from exception
-        self._in_transaction = True
+        self.in_transaction = True
 
     def send(
         self,
@@ -144,14 +144,14 @@ class TransactionalProducer:
                 if now - began > self._timeout or (asked is not None and now - asked > _GRACE):
                     raise translate(error, committing=True) from exception
             else:
-                self._in_transaction = False
+                self.in_transaction = False
                 return
 
     def abort(self) -> None:
         """Abort, if there is something to abort; a producer that cannot is left to its discarding."""
-        if not self._in_transaction:
+        if not self.in_transaction:
             return
-        self._in_transaction = False
+        self.in_transaction = False
         with contextlib.suppress(KafkaException):
             self._producer.purge()
             self._producer.abort_transaction(_GRACE)
@@ -160,7 +160,7 @@ class TransactionalProducer:
         """Throw it away in whatever state it is; its successor's `init` ends what it left open."""
         with contextlib.suppress(KafkaException):
             self._producer.purge()
-        self._in_transaction = False
+        self.in_transaction = False
 
     def close(self) -> None:
         """Abort what is open and throw it away."""

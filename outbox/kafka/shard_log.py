@@ -81,6 +81,11 @@ class ShardLog:
         assert self._producer is not None  # noqa: S101  take() sets it or raises
         return self._producer
 
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction was begun and neither committed nor aborted."""
+        return self._producer is not None and self._producer.in_transaction
+
     def begin(self) -> None:
         """Begin a transaction."""
         self._open().begin()
