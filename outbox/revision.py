@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,15 +147,17 @@ def write_revision(
         existing_rows=existing_rows,
     )  # fmt: skip
     try:
-        script = scripts.generate_revision(
-            new_revision_id(),
-            message,
-            refresh=True,
-            head=head,
-            imports="import outbox.operations  # noqa: F401  registers op.outbox_...",
-            upgrades="\n    ".join(ups),
-            downgrades="\n    ".join(downs),
-        )
+        # Alembic says on standard output what it does; that belongs to whoever calls this.
+        with redirect_stdout(io.StringIO()):
+            script = scripts.generate_revision(
+                new_revision_id(),
+                message,
+                refresh=True,
+                head=head,
+                imports="import outbox.operations  # noqa: F401  registers op.outbox_...",
+                upgrades="\n    ".join(ups),
+                downgrades="\n    ".join(downs),
+            )
     except CommandError as error:
         raise ConfigError(f"Alembic cannot write the revision: {error}.", cure="Correct --head.") from error
     if script is None:
