@@ -139,6 +139,7 @@ class Relay:
                 if self._config.prune and not last.more:
                     self._prune_sometimes()
                 if until_caught_up and last.caught_up:
+                    self._settle()
                     break
                 if not last.more and not until_caught_up:
                     self._sleep()
@@ -148,6 +149,15 @@ class Relay:
         finally:
             self.close()
         return last
+
+    def _settle(self) -> None:
+        """Wait until consumers see what was committed.
+
+        Kafka acknowledges a commit before it has marked it in the partitions; a fresh producer of the same id is
+        given only afterwards. Whoever drains and then reads finds everything.
+        """
+        if self._kafka is not None and self.done.did is Did.PUBLISHED:
+            self._kafka.renew()
 
     def _prune_sometimes(self) -> None:
         """Prune, if it is time; by the committed positions of all shards, like the command."""
