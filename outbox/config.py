@@ -7,12 +7,12 @@ Only the command line reads the environment and files; it calls `resolve`. Prece
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from outbox.errors import ConfigError
 
@@ -226,17 +226,15 @@ def masked(name: str, value: object) -> object:
     return value
 
 
-def mask_url(url: str) -> str:
-    """A URL, or a libpq key-value string, without its password."""
-    if "://" in url:
-        parts = urlsplit(url)
-        if parts.password is not None:
-            host = parts.netloc.rpartition("@")[2]
-            url = urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
-        head, mark, query = url.partition("?")
-        kept = "&".join("password=***" if pair.startswith("password=") else pair for pair in query.split("&"))
-        return head + mark + kept
-    return " ".join("password=***" if word.startswith("password=") else word for word in url.split())
+# Greedy up to the last @: a password with an unescaped @ must not show half of itself.
+_PASSWORD_IN_URL = re.compile(r"(\b[\w+]+://[^\s:/?@]*:)\S+@")
+# As in libpq's key-value strings (quoted where it holds a space) and in a URL's query.
+_PASSWORD_WORD = re.compile(r"(password|passphrase|secret)(\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", re.IGNORECASE)
+
+
+def mask_url(text: str) -> str:
+    """A URL, a libpq key-value string, or any text that may hold one, without its passwords."""
+    return _PASSWORD_WORD.sub(r"\1\2***", _PASSWORD_IN_URL.sub(r"\1***@", text))
 
 
 def _read_file(file: Path) -> dict[str, Any]:

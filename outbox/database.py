@@ -41,6 +41,13 @@ def libpq_url(url: str) -> str:
 
 def place(url: str) -> str:
     """Where a URL points, without user or password: `host:port/database`."""
+    authority, _, path = libpq_url(url).partition("://")[2].partition("?")[0].partition("/")
+    if authority.count("@") > 1 or "@" in path:
+        # libpq would take a part of the password for the host, and everybody would print it.
+        raise ConfigError(
+            "The database URL cannot be read: its user or password holds an @ or a / that is not escaped.",
+            cure="Write %40 for @, %2F for / and %3A for a colon; set OUTBOX_DATABASE_URL.",
+        )
     try:
         parts = conninfo_to_dict(libpq_url(url))
     except psycopg.ProgrammingError as error:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from datetime import UTC, datetime
 
 import orjson
 
-from outbox.config import Config
-
-_PASSWORD_IN_URL = re.compile(r"(\b[a-z+]+://[^\s:/@]*:)[^\s@]+@")
-_PASSWORD_WORD = re.compile(r"(password|secret)(\s*=\s*)\S+", re.IGNORECASE)
+from outbox.config import Config, mask_url
 
 
 def scrub(text: str) -> str:
     """A text without the passwords that a driver may have put into its words."""
-    return _PASSWORD_WORD.sub(r"\1\2***", _PASSWORD_IN_URL.sub(r"\1***@", text))
+    return mask_url(text)
 
 
 class HumanFormatter(logging.Formatter):

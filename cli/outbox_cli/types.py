@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
 import orjson
 from psycopg.types.json import Jsonb
 
+from outbox.database import Connection
 from outbox.errors import ConfigError, UnknownTypeError
 from outbox.schema import quote
 from outbox.topic import check_settings
-from outbox_cli.settings import Settings, confirm, json_option, print_json, table, with_settings
+from outbox_cli.settings import ENTITY_TYPE, Settings, confirm, json_option, print_json, table, with_settings
 
 _ADVICE = "In a service with Alembic write it into a migration instead: outbox revision --add-type NAME --topic TOPIC."
 
@@ -87,14 +89,11 @@ def add(
     import psycopg.errors
 
     extra = _topic_settings(type_name, topic_setting, partitions)
+    if not 1 <= len(type_name.encode()) <= 200:
+        raise ConfigError(f'"{type_name[:50]}" cannot be the name of an entity type.', cure="Use 1 to 200 bytes.")
     with settings.connect() as connection:
         s = quote(settings.config.schema)
-        taken = connection.execute(f"SELECT name FROM {s}.entity_types WHERE topic = %s".encode(), [topic]).fetchone()
-        if taken is not None and taken[0] != type_name:
-            raise ConfigError(
-                f'The topic {topic} already belongs to the entity type "{taken[0]}": the topic says the type.',
-                cure="Choose another topic.",
-            )
+        _check_topic(connection, s, type_name, topic)
         try:
             connection.execute(
                 f"INSERT INTO {s}.entity_types (name, topic, topic_settings, collapse, max_bytes, source) "
@@ -106,12 +105,6 @@ def add(
                 f'The entity type "{type_name}" is there already.',
                 cure=f"Change it: outbox types change {type_name} ...",
             ) from error
-        except psycopg.errors.CheckViolation as error:
-            raise ConfigError(
-                f'The entity type "{type_name}" with the topic "{topic}" cannot be registered '
-                f"({error.diag.constraint_name}).",
-                cure="A topic's name has letters, digits, dot, underscore and hyphen, at most 249.",
-            ) from error
     if as_json:
         print_json({"added": type_name, "topic": topic})
     else:
@@ -120,7 +113,7 @@ def add(
 
 
 @command.command(epilog="Example: outbox types change customer --max-bytes 2000000")
-@click.argument("type_name", metavar="NAME")
+@click.argument("type_name", type=ENTITY_TYPE, metavar="NAME")
 @click.option("--topic", help="Another topic. The old one is left as it is.")
 @_options
 @json_option
@@ -139,6 +132,8 @@ def change(
     """Change an entity type; what is not named stays."""
     extra = _topic_settings(type_name, topic_setting, partitions)
     with settings.connect() as connection:
+        if topic is not None:
+            _check_topic(connection, quote(settings.config.schema), type_name, topic)
         row = connection.execute(
             f"""UPDATE {quote(settings.config.schema)}.entity_types
                 SET topic = coalesce(%s, topic), topic_settings = topic_settings || %s,
@@ -156,7 +151,7 @@ def change(
 
 
 @command.command(epilog="Example: outbox types remove customer --yes")
-@click.argument("type_name", metavar="NAME")
+@click.argument("type_name", type=ENTITY_TYPE, metavar="NAME")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @with_settings
@@ -174,6 +169,21 @@ def remove(settings: Settings, type_name: str, yes: bool, as_json: bool) -> None
         print_json({"removed": type_name, "topic": row[0]})
     else:
         click.echo(f"Removed {type_name}; its topic {row[0]} is left as it is.")
+
+
+def _check_topic(connection: Connection, schema: str, name: str, topic: str) -> None:
+    """Refuse a topic that Kafka would refuse, or that carries another entity type; `schema` is quoted."""
+    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", topic) or topic in {".", ".."}:
+        raise ConfigError(
+            f'"{topic[:260]}" cannot be the name of a topic.',
+            cure="A topic's name has letters, digits, dot, underscore and hyphen, at most 249.",
+        )
+    taken = connection.execute(f"SELECT name FROM {schema}.entity_types WHERE topic = %s".encode(), [topic]).fetchone()
+    if taken is not None and taken[0] != name:
+        raise ConfigError(
+            f'The topic {topic} already belongs to the entity type "{taken[0]}": the topic says the type.',
+            cure="Choose another topic.",
+        )
 
 
 def _unknown(name: str) -> UnknownTypeError:
