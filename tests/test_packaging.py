@@ -16,9 +16,13 @@ from email.parser import Parser
 from pathlib import Path
 
 import click
+import psycopg
 import pytest
 
+from consume import live
+from devstack.kafka import Kafka
 from outbox_cli.main import cli
+from relays import OUTBOX, RelayProcess, environment, eventually
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -252,3 +256,37 @@ def test_the_stack_of_the_compose_file_is_the_one_that_the_tests_run() -> None:
     assert kafka
     assert f"image: apache/kafka:{kafka[1]}\n" in COMPOSE
     assert "image: postgres:18\n" in COMPOSE
+
+
+@pytest.mark.postgres
+@pytest.mark.kafka
+@pytest.mark.acceptance
+def test_the_jobs_of_the_compose_file_make_an_outbox_that_publishes(
+    database_url: str, kafka: Kafka, outbox_name: str, tmp_path: Path
+) -> None:
+    """Its commands, run here in its order on the real servers, twice, as `docker compose up` does; then its health."""
+    env = environment(database_url, kafka.bootstrap)
+    env["PATH"] = f"{OUTBOX.parent}:{env['PATH']}"
+    # The broker is shared by the tests: another name than the README's.
+    jobs = {name: text.replace("shop", outbox_name) for name, text in services()}
+
+    def job(name: str, key: str = "command") -> subprocess.CompletedProcess[str]:
+        words = listed(jobs[name], "test")[1:] if key == "test" else listed(jobs[name], "command")
+        start = ["sh", "-c"] if key == "test" else listed(jobs[name], "entrypoint") or ["outbox"]
+        return subprocess.run([*start, *words], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    for _ in range(2):
+        for name in ("migrate", "types", "topics"):
+            done = job(name)
+            assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
+    assert job("relay", "test").returncode != 0
+    assert listed(jobs["relay"], "command") == ["relay"]
+    with RelayProcess(env, tmp_path / "relay.log") as relay:
+        relay.wait_event("relay.holds")
+        (put,) = re.findall(r"^#   (SELECT outbox.put.*;)$", COMPOSE, re.MULTILINE)
+        with psycopg.connect(database_url) as connection:
+            connection.execute(put.encode())
+        eventually(lambda: live(kafka, f"{outbox_name}.customer").json == {"7": {"name": "Ada"}}, what="the record")
+        eventually(lambda: job("relay", "test").returncode == 0, what="health")
+        assert relay.stop() == 0
+    assert job("relay", "test").returncode != 0

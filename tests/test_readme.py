@@ -68,7 +68,7 @@ def test_the_make_targets_that_the_readme_names_exist() -> None:
 
 def test_every_link_of_the_readme_and_the_docs_resolves() -> None:
     """Within the repository."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

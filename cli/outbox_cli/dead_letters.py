@@ -7,8 +7,20 @@ from typing import Literal
 
 import click
 
-from outbox.errors import RelayError
-from outbox_cli.settings import Settings, confirm, json_option, outbox_row, print_json, table, with_settings
+from outbox.config import Config
+from outbox.database import Connection
+from outbox.entity_types import read_types
+from outbox.errors import RelayError, UnknownTypeError
+from outbox_cli.settings import (
+    ENTITY_TYPE,
+    Settings,
+    confirm,
+    json_option,
+    outbox_row,
+    print_json,
+    table,
+    with_settings,
+)
 
 
 @click.group("dead-letters")
@@ -17,7 +29,7 @@ def command() -> None:
 
 
 @command.command("list", epilog="Example: outbox dead-letters list --type customer --json")
-@click.option("--type", "type_name", metavar="TYPE", help="Only of this entity type.")
+@click.option("--type", "type_name", type=ENTITY_TYPE, metavar="TYPE", help="Only of this entity type.")
 @json_option
 @with_settings
 def list_(settings: Settings, type_name: str | None, as_json: bool) -> None:
@@ -27,6 +39,7 @@ def list_(settings: Settings, type_name: str | None, as_json: bool) -> None:
 
     with settings.connect() as connection:
         name, _ = outbox_row(connection, config.schema)
+        _check_type(connection, config, name, type_name)
     letters = [(x, n) for x, n in read_dead_letters(config, name) if type_name is None or x.type == type_name]
     if as_json:
         print_json(
@@ -62,6 +75,16 @@ def list_(settings: Settings, type_name: str | None, as_json: bool) -> None:
         click.echo("There are no dead letters.")
 
 
+def _check_type(connection: Connection, config: Config, outbox: str, type_name: str | None) -> None:
+    """Refuse a type that is not registered, unless it was once and left dead letters behind."""
+    if type_name is None or type_name in {t.name for t in read_types(connection, config.schema)}:
+        return
+    from outbox.kafka.shard_log import read_dead_letters
+
+    if type_name not in {letter.type for letter, _ in read_dead_letters(config, outbox)}:
+        raise UnknownTypeError(f'There is no entity type "{type_name}".', cure="See them: outbox types list.")
+
+
 def _ask(
     settings: Settings,
     kind: Literal["retry", "drop"],
@@ -83,7 +106,8 @@ def _ask(
         schema = settings.config.schema
         if kind == "drop":
             confirm("Forget these dead letters? Their states are not published.", yes=yes)
-        _, shards = outbox_row(connection, schema)
+        name, shards = outbox_row(connection, schema)
+        _check_type(connection, settings.config, name, type_name)
         number = request(connection, schema, kind, type_name=type_name, keys=keys)
         # A sleeping relay is woken as by a writer.
         connection.execute("SELECT pg_notify(%s, '')", [schema])
@@ -108,7 +132,7 @@ def _ask(
         click.echo(f"no longer retained: {entity[0]} {entity[1]}; have the service write it again", err=True)
 
 
-_TYPE = click.option("--type", "type_name", metavar="TYPE", help="Those of this entity type.")
+_TYPE = click.option("--type", "type_name", type=ENTITY_TYPE, metavar="TYPE", help="Those of this entity type.")
 _KEY = click.option("--key", "keys", multiple=True, help="Only of these entities.")
 _ALL = click.option("--all", "everything", is_flag=True, help="All of them.")
 _YES = click.option("--yes", is_flag=True, help="Do not ask.")

@@ -94,8 +94,6 @@ class Watch:
             for consumer in (self._position_consumer, self._state_consumer)
         ]
         self._stop = threading.Event()
-        self._wanted = threading.Event()
-        self._listening = threading.Event()
         self._failed: Exception | None = None
         self._lock = threading.Lock()
         self._position: Position | None = None
@@ -122,9 +120,14 @@ class Watch:
 
     def listen(self) -> None:
         """From now on, measure how long states take to arrive; what is in the topics already is left out."""
-        self._wanted.set()
-        if not self._listening.wait(LISTEN_SECONDS) or self._failed is not None:
-            raise self._failed or KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001 - librdkafka's own codes are named so
+        topics = self._state_consumer.list_topics(timeout=LISTEN_SECONDS).topics
+        # Explicit offsets: an end that is looked up later would leave out what came in between.
+        places = [TopicPartition(topic, partition) for topic in self._topics for partition in topics[topic].partitions]
+        for place in places:
+            place.offset = self._state_consumer.get_watermark_offsets(place, timeout=LISTEN_SECONDS)[1]
+        # Before its thread starts: see `__init__`.
+        self._state_consumer.assign(places)
+        self._threads[1].start()
 
     def look(self) -> Look:
         """How things are now. Raises `KafkaException` when the consumer has failed."""
@@ -174,24 +177,12 @@ class Watch:
     def _consume(self, consumer: Consumer) -> None:
         try:
             while not self._stop.is_set():
-                if self._wanted.is_set() and not self._listening.is_set():
-                    self._assign_ends()
                 # One at a time: a call for many would keep the first back until it had them all.
                 message = consumer.poll(0.1)
                 if message is not None:
                     self._take(message, time.time())
         except Exception as error:  # noqa: BLE001 - it is raised where somebody looks
             self._failed = error
-            self._listening.set()
-
-    def _assign_ends(self) -> None:
-        topics = self._consumer.list_topics(timeout=LISTEN_SECONDS).topics
-        # Explicit offsets: an end that is looked up later would leave out what came in between.
-        places = [TopicPartition(topic, partition) for topic in self._topics for partition in topics[topic].partitions]
-        for place in places:
-            place.offset = self._consumer.get_watermark_offsets(place, timeout=LISTEN_SECONDS)[1]
-        self._consumer.incremental_assign(places)
-        self._listening.set()
 
     def _take(self, message: Message, now: float) -> None:
         error = message.error()
