@@ -6,13 +6,10 @@ round trip. Reads only; `report` and `adopt` are functions of the schema that th
 
 from __future__ import annotations
 
-import hashlib
 import selectors
-import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import orjson
@@ -22,6 +19,7 @@ from psycopg import sql as psycopg_sql
 from psycopg.types.json import set_json_loads
 
 from outbox import sql
+from outbox.batch import Batch, Entity, Request
 from outbox.config import Config
 from outbox.database import Connection, connect, place, translated
 from outbox.entity_type import EntityType
@@ -29,8 +27,8 @@ from outbox.entry import Entry
 from outbox.errors import RelayError, SchemaError, UnsuitableServerError, WrongOutboxError
 from outbox.lineage import Head
 from outbox.position import Anchor, Position, Snapshot
-
-SCHEMA_VERSION = 1
+from outbox.schema import NEWEST, bell_key
+from outbox.wake import Wake
 
 _MOST = 2**63 - 1
 _BACKEND_FLUSHES = 170_000  # from PostgreSQL 17 on, a message can be flushed without a transaction
@@ -47,53 +45,6 @@ class Identity:
     system: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A row of the control table."""
-
-    id: int
-    kind: str
-    arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one read brought.
-
-    `entries` in id order; `last_id` is None when the read reached `position`'s next point (`to`), else the id where
-    it was cut. `retained` holds the last retained entries that requests asked for. `seconds`: how long it took.
-    """
-
-    position: Position
-    head: Head
-    entries: Sequence[Entry]
-    last_id: int | None
-    requests: Sequence[Request] = ()
-    retained: Sequence[Entry] = ()
-    seconds: float = 0.0
-
-    @property
-    def cut(self) -> bool:
-        """Whether more of the same difference is to be read."""
-        return self.last_id is not None
-
-    def next(self) -> Position:
-        """The position once this batch is published."""
-        cut = self.position.cut
-        return self.position.advanced(cut.to if cut else self.head.point, self.last_id)
-
-
-@dataclass(slots=True)
-class Wanted:
-    """Which keys a request wants to be published again, asked of the relay within a read.
-
-    `keys` are pairs of type and key; `from_id` is the smallest id that may be among their last entries.
-    """
-
-    keys: Sequence[tuple[str, str]] = field(default_factory=tuple)
-    from_id: int = 0
-
-
 class Reader:
     """Reads one shard of one outbox. Foreign errors come out as the project's."""
 
@@ -103,7 +54,7 @@ class Reader:
         self._where = place(config.database_url)
         self._connection: Connection | None = None
         self._types_version = 0
-        self.types: dict[str, EntityType] = {}
+        self._types: dict[str, EntityType] = {}
         self.identity: Identity | None = None
         self._ringing = False
         identifier = psycopg_sql.Identifier(config.schema).as_string(None)
@@ -176,12 +127,12 @@ class Reader:
                 f"The connection to {self._where} goes through a pooler, which breaks session locks and LISTEN.",
                 cure="Point OUTBOX_DATABASE_URL at the server itself; services may go on using the pooler.",
             )
-        if version != SCHEMA_VERSION:
+        if version != NEWEST:
             raise SchemaError(
-                f"The outbox in {self._where} has schema version {version}, this relay needs {SCHEMA_VERSION}.",
+                f"The outbox in {self._where} has schema version {version}, this relay needs {NEWEST}.",
                 cure="Upgrade the older one: outbox migrate, or, in a service with Alembic, outbox revision and "
                 "alembic upgrade head."
-                if version < SCHEMA_VERSION
+                if version < NEWEST
                 else "Run a newer relay.",
             )
         if self._config.name is not None and self._config.name != name:
@@ -215,11 +166,13 @@ class Reader:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def read(self, position: Position, wanted: Callable[[Sequence[Request]], Wanted] | None = None) -> Batch:
+    def read(
+        self, position: Position, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]] | None = None
+    ) -> Batch:
         """Read the next batch after a position.
 
-        `wanted` is asked, within the batch's transaction, which keys the open requests want; only a read that is not
-        cut takes requests, since the rest of a cut backlog follows with states that are older.
+        `wanted` is asked, within the batch's transaction, which entities the open requests want to be published again,
+        each with an id below which its last entry cannot be; see `Batch.takes_requests`.
         """
         began = time.monotonic()
         connection = self._open()
@@ -254,30 +207,22 @@ class Reader:
                 if head_row is None:
                     raise SchemaError(f"The outbox in {self._where} has no settings any more.")
                 head, requests = self._head(head_row)
-                ended = self._ended_at(entries)
-                retained: Sequence[Entry] = ()
-                if ended is None and requests and wanted is not None:
-                    retained = self._retained(connection, wanted(requests), head)
+                batch = Batch(position, head, self._types, entries, self._ended_at(entries))
+                if batch.takes_requests and requests:
+                    retained = self._retained(connection, wanted(requests) if wanted else {}, head)
+                    batch = replace(batch, requests=requests, retained=retained)
             finally:
                 if not connection.closed and connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
                     connection.execute("ROLLBACK")
-        return Batch(
-            position,
-            head,
-            entries,
-            ended,
-            requests if ended is None else (),
-            retained,
-            time.monotonic() - began,
-        )
+        return replace(batch, seconds=time.monotonic() - began)
 
-    def look(self, position: Position) -> Head:
-        """What the database says of itself now, given a position: a batch's head, without its entries."""
+    def look(self, position: Position) -> tuple[Head, Mapping[str, EntityType]]:
+        """What the database says of itself now, given a position, and the entity types: a batch without its entries."""
         with translated(self._where):
             row = self._open().execute(self._query("head"), self._head_arguments(position)).fetchone()
         if row is None:
             raise SchemaError(f"The outbox in {self._where} has no settings any more.")
-        return self._head(row)[0]
+        return self._head(row)[0], self._types
 
     def _head_arguments(self, position: Position) -> dict[str, Any]:
         reached = position.reached.anchor
@@ -298,7 +243,7 @@ class Reader:
         (snapshot, lsn, timeline, epoch, removed_id, types_version, adopted_from, found, top_id, top_xid, top_created,
          top_shard, types, requests) = row  # fmt: skip
         if types is not None:
-            self.types = {t[0]: EntityType(*t) for t in types}
+            self._types = {t[0]: EntityType(*t) for t in types}
             self._types_version = types_version
         head = Head(
             snapshot=Snapshot.parse(snapshot),
@@ -322,16 +267,16 @@ class Reader:
             return entries[-1][0]
         return None
 
-    def _retained(self, connection: Connection, wanted: Wanted, head: Head) -> list[Entry]:
-        if not wanted.keys:
+    def _retained(self, connection: Connection, wanted: Mapping[Entity, int], head: Head) -> list[Entry]:
+        if not wanted:
             return []
         cursor = connection.execute(
             self._query("last_retained"),
             {
-                "types": [type_name for type_name, _ in wanted.keys],
-                "keys": [key for _, key in wanted.keys],
+                "types": [type_name for type_name, _ in wanted],
+                "keys": [key for _, key in wanted],
                 "shard": self._shard,
-                "from_id": wanted.from_id,
+                "from_id": min(wanted.values()),
                 "removed_id": head.removed_id,
             },
         )
@@ -418,47 +363,6 @@ class Reader:
         name = self.identity.name if self.identity else self._config.name or "?"
         # PostgreSQL cuts it at 63 bytes.
         return f"outbox-relay {name[:30]}/{self._shard} {state}"[:63]
-
-
-class Wake:
-    """Ends a wait from another thread or a signal handler."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        for end in (self._reader, self._writer):
-            end.settimeout(0)
-        self._event = threading.Event()
-
-    def fileno(self) -> int:
-        """Readable once it is set."""
-        return self._reader.fileno()
-
-    def set(self) -> None:
-        """End this wait and every later one."""
-        self._event.set()
-        try:
-            self._writer.send(b"x")
-        except OSError:
-            return  # full or closed: whoever waits has been told
-
-    @property
-    def is_set(self) -> bool:
-        """Whether it was set."""
-        return self._event.is_set()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait at most so long; whether it is set."""
-        return self._event.wait(seconds)
-
-    def close(self) -> None:
-        """Give the descriptors back."""
-        self._reader.close()
-        self._writer.close()
-
-
-def bell_key(schema: str) -> int:
-    """The advisory lock key of an outbox's doorbell: from its schema's name, so that it needs no row."""
-    return int.from_bytes(hashlib.blake2b(b"outbox " + schema.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _array(xids: Sequence[int]) -> str:

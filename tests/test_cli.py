@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -192,28 +193,34 @@ def test_prune_empties_what_is_old_and_published_and_nothing_else(
     must(env, "types", "add", "user", "--topic", f"{outbox_name}.user")
     must(env, "topics", "apply", "--yes")
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(
-            """INSERT INTO outbox.entries (type, key, state, slot, created_at)
-               SELECT 'user', n::text, '{}', s, now() - interval '3 days'
-               FROM generate_series(1, 10) n, generate_series(1, 2) s"""
-        )
-        before = json.loads(must(env, "prune", "--json"))
-        assert not any(slot["pruned"] for slot in before["slots"])
+        # Slots that the clock does not point at, nor soon will.
+        (now,) = connection.execute("SELECT outbox.slot_of(clock_timestamp())").fetchone() or (0,)
+        first, second, third = ((now + ahead) % 12 for ahead in (4, 5, 6))
+        old = """INSERT INTO outbox.entries (type, key, state, slot, created_at)
+                 SELECT 'user', n::text, '{}', %s, now() - interval '3 days' FROM generate_series(1, 10) n"""
+        connection.execute(old, [first])
+        connection.execute(old, [second])
+
+        def prune(*flags: str) -> dict[int, dict[str, Any]]:
+            return {slot["slot"]: slot for slot in json.loads(must(env, "prune", "--json", *flags))["slots"]}
+
+        assert not any(slot["pruned"] for slot in prune().values())
         must(env, "relay", "--until-caught-up")
         # The last entry is the anchor: its slot stays until newer ones have been published.
-        would = json.loads(must(env, "prune", "--dry-run", "--json"))["slots"]
-        assert [s["slot"] for s in would if s["pruned"]] == [1]
-        assert "anchor" in would[2]["reason"]
+        would = prune("--dry-run")
+        assert [number for number, slot in would.items() if slot["pruned"]] == [first]
+        assert "anchor" in would[second]["reason"]
         connection.execute("SELECT outbox.put('user', 'new', '{}')")
         must(env, "relay", "--until-caught-up")
         connection.execute(
             """INSERT INTO outbox.entries (type, key, state, slot, created_at)
-               VALUES ('user', 'unpublished', '{}', 3, now() - interval '3 days')"""
+               VALUES ('user', 'unpublished', '{}', %s, now() - interval '3 days')""",
+            [third],
         )
-        pruned = json.loads(must(env, "prune", "--json"))["slots"]
-        assert {s["slot"]: s["entries"] for s in pruned if s["pruned"]} == {1: 10, 2: 10}
-        (kept,) = [s for s in pruned if s["slot"] == 3]
-        assert "has not published it" in kept["reason"]
+        pruned = prune()
+        gone = {number: slot["entries"] for number, slot in pruned.items() if slot["pruned"]}
+        assert gone == {first: 10, second: 10}
+        assert "has not published it" in pruned[third]["reason"]
         assert connection.execute("SELECT removed_id FROM outbox.settings").fetchone() == (20,)
         assert connection.execute("SELECT count(*) FROM outbox.entries").fetchone() == (2,)
 

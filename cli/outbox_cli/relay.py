@@ -31,9 +31,9 @@ def command(settings: Settings, until_caught_up: bool, as_json: bool, **flags: A
     from outbox.config import mask_url
     from outbox.database import place
     from outbox.logs import configure
-    from outbox.reader import Wake
     from outbox.relay import Relay
     from outbox.telemetry import emit
+    from outbox.wake import Wake
 
     configure(config)
     log = logging.getLogger("outbox.relay")

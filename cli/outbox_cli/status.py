@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import signal
+import threading
 
 import click
 
@@ -18,21 +19,28 @@ from outbox_cli.settings import Settings, json_option, print_json, table, with_s
 def command(settings: Settings, watch: bool, interval: float, as_json: bool) -> None:
     """Show backlog and its age, totals, collapse, dead letters, the ring, and what the relay is doing."""
     config = settings.needs_database()
+    stopped = threading.Event()
+    if watch:
+        # Not by an exception: it could come up inside a callback of the Kafka client and get lost there.
+        signal.signal(signal.SIGINT, lambda *_: _stop(stopped))
     with settings.connect() as connection:
-        try:
-            while True:
-                status = look(config, connection)
-                if as_json:
-                    print_json(status.as_json())
-                else:
-                    if watch:
-                        click.clear()
-                    click.echo(render(status))
-                if not watch:
-                    return
-                time.sleep(interval)
-        except KeyboardInterrupt:
-            return
+        while not stopped.is_set():
+            status = look(config, connection)
+            if as_json:
+                print_json(status.as_json())
+            else:
+                if watch:
+                    click.clear()
+                click.echo(render(status))
+            if not watch:
+                return
+            stopped.wait(interval)
+
+
+def _stop(stopped: threading.Event) -> None:
+    if stopped.is_set():
+        raise KeyboardInterrupt
+    stopped.set()
 
 
 def render(status: Status) -> str:

@@ -1,0 +1,86 @@
+"""A batch: what one read of the outbox brought, and the position that follows it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from outbox.entity_type import EntityType
+from outbox.entry import Entry
+from outbox.lineage import Head
+from outbox.position import Point, Position
+
+Entity = tuple[str, str]
+"""An entity type's name and a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row of the control table: what the command line asks of the relay.
+
+    `retry` and `drop` name dead letters: `arguments` holds `type` (None: of every type) and `keys` (None: all).
+    """
+
+    id: int
+    kind: str
+    arguments: Mapping[str, Any]
+
+    def names(self, dead: Iterable[Entity]) -> list[Entity]:
+        """Those of the dead letters that it means."""
+        type_name, keys = self.arguments.get("type"), self.arguments.get("keys")
+        return [
+            (of, key) for of, key in dead if (type_name is None or of == type_name) and (keys is None or key in keys)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one read brought, all as of one snapshot.
+
+    `entries` in id order; `last_id` is None when the read reached the point that it goes to, else the id where it was
+    cut. `types` are the entity types, by name. `requests` are open requests of the control table, and `retained` the
+    last retained entries of the keys that they name. `seconds`: how long the read took.
+    """
+
+    position: Position
+    head: Head
+    types: Mapping[str, EntityType]
+    entries: Sequence[Entry]
+    last_id: int | None
+    requests: Sequence[Request] = ()
+    retained: Sequence[Entry] = ()
+    seconds: float = 0.0
+
+    @property
+    def cut(self) -> bool:
+        """Whether more of the same difference is to be read."""
+        return self.last_id is not None
+
+    @property
+    def to(self) -> Point:
+        """The point that this difference goes to: the cut's, or what this batch's own snapshot sees."""
+        cut = self.position.cut
+        return cut.to if cut else self.head.point
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether requests may be done with it.
+
+        What they publish is read in the batch's own snapshot. A cut backlog ends at an older one: what follows it
+        would be older than what was published for them.
+        """
+        return self.last_id is None and self.position.cut is None
+
+    @property
+    def progress(self) -> dict[str, Mapping[str, Any]]:
+        """What the position says of requests, but for those that the control table knows to be over."""
+        progress = dict(self.position.requests)
+        if self.takes_requests:
+            waiting = {str(request.id) for request in self.requests}
+            progress = {number: said for number, said in progress.items() if number in waiting}
+        return progress
+
+    def next(self) -> Position:
+        """The position once this batch is published."""
+        return self.position.advanced(self.to, self.last_id)

@@ -1,0 +1,457 @@
+"""A shard: held against every other relay, and published by `step()`.
+
+One step reads the next batch after the position, and publishes it in one Kafka transaction together with the new
+position. The position in Kafka is the only truth: after anything that failed or whose outcome is not known, it is
+read again. docs/architecture.md draws the whole.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from outbox import position as positions
+from outbox.adoption import adopt_log
+from outbox.batch import Batch, Entity, Request
+from outbox.config import Config
+from outbox.errors import (
+    BrokerError,
+    DatabaseUnavailableError,
+    FencedError,
+    LostTailError,
+    TooManyDeadLettersError,
+    WrongClusterError,
+    WrongOutboxError,
+)
+from outbox.kafka.faults import Aborted, Fenced, Refused, Unknown
+from outbox.kafka.shard_log import ShardLog
+from outbox.lineage import Verdict, judge
+from outbox.plan import Part, Plan
+from outbox.position import Position
+from outbox.reader import Identity, Reader
+from outbox.telemetry import emit
+
+log = logging.getLogger("outbox.relay")
+
+
+class Did(enum.Enum):
+    """What a step did."""
+
+    TOOK_OVER = "took over"
+    PUBLISHED = "published"
+    ADOPTED = "adopted"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The result of one pass. Times in seconds.
+
+    `entries` were read, `records` written to state topics (after collapse), `dead` dead-lettered. `more` says that
+    the backlog goes on: do not wait before the next step. `caught_up`: everything that was committed when the shard
+    was taken over is published.
+    """
+
+    did: Did
+    entries: int = 0
+    records: int = 0
+    dead: int = 0
+    more: bool = False
+    caught_up: bool = False
+    read_seconds: float = 0.0
+    commit_seconds: float = 0.0
+
+
+class Shard:
+    """Publishes one shard of one outbox; used by one thread.
+
+    `stop` is asked within long waits whether to give up. Raises the errors of `outbox.errors`: after
+    `DatabaseUnavailableError` and `BrokerUnavailableError` call `forget` and step again; the others are for a person.
+    """
+
+    def __init__(self, config: Config, reader: Reader, *, stop: Callable[[], bool]) -> None:
+        self._config = config
+        self._number = config.shard
+        self._stop = stop
+        self._reader = reader
+        self._token = uuid.uuid4().hex
+        self._kafka: ShardLog | None = None
+        self._position: Position | None = None
+        self._dead: Mapping[Entity, int] = {}
+        self._ahead: Future[Batch] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox-read-ahead")
+        self._part_size: int | None = None
+        self._types_seen = 0
+        self._timeline_said: int | None = None
+        # Whether the cut that is being read was begun by a former holder, before this one took over.
+        self._inherited = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether it has been taken over and not been given up."""
+        return self._kafka is not None and self._position is not None
+
+    def close(self) -> None:
+        """Abort what is open and give everything but the reader back."""
+        self._drop_ahead()
+        self._thread.shutdown(wait=True)
+        self._position = None
+        kafka, self._kafka = self._kafka, None
+        if kafka is not None:
+            kafka.close()
+
+    # -- one pass ----------------------------------------------------------------------------------------------
+
+    def step(self) -> Step:
+        """Do one pass: take the shard if it is not held, else publish the next batch if there is one."""
+        if not self._reader.connected:
+            self._drop_ahead()
+            self._reader.open()
+        kafka, position = self._kafka, self._position
+        if kafka is None or position is None:
+            self._take(self._reader.identity)
+            return Step(Did.TOOK_OVER, more=True)
+        batch = self._next_batch(position)
+        verdict = judge(batch.position, batch.head)
+        if verdict is not Verdict.CONTINUES:
+            self._drop_ahead()
+            return self._mend(kafka, verdict, batch)
+        self._say_timeline(batch)
+        self._report(batch)
+        self._follow_types(kafka, batch)
+        plan = Plan(batch, kafka.limits, self._dead, now_ms=_now_ms())
+        try:
+            if plan.empty:
+                return self._nothing(kafka, batch)
+            return self._publish(kafka, plan, batch)
+        except (Fenced, Unknown, Aborted) as fault:
+            self._lost(kafka, position, fault)
+        return Step(Did.NOTHING, more=True)
+
+    def look_again(self) -> bool:
+        """Look for something to do in a new statement; what it finds is the next step's batch."""
+        position = self._position
+        if position is None:
+            return True
+        batch = self._read(position)
+        if not (batch.entries or batch.requests) and judge(position, batch.head) is Verdict.CONTINUES:
+            return False
+        self._drop_ahead()
+        self._ahead = Future()
+        self._ahead.set_result(batch)
+        return True
+
+    def _next_batch(self, position: Position) -> Batch:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            batch = ahead.result()
+            if batch.position == position:
+                return batch
+        return self._read(position)
+
+    def _read(self, position: Position) -> Batch:
+        done, dead = position.requests, self._dead
+
+        def wanted(requests: Sequence[Request]) -> Mapping[Entity, int]:
+            again = (r for r in requests if r.kind == "retry" and str(r.id) not in done)
+            return {entity: dead[entity] for request in again for entity in request.names(dead)}
+
+        return self._reader.read(position, wanted)
+
+    def _drop_ahead(self) -> None:
+        """Throw away what was read ahead: after a failed or unknown commit it starts from the wrong place."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.cancel()
+            if not ahead.cancelled():
+                ahead.exception()  # waits: the connection is used by one thread at a time
+
+    # -- holding the shard -------------------------------------------------------------------------------------
+
+    def _take(self, identity: Identity | None) -> None:
+        """Take the shard over: fence any other holder, read its position, write it with the own token."""
+        if identity is None:
+            raise DatabaseUnavailableError("There is no connection to the database.")
+        self.forget()
+        number = self._number
+        head, types = self._reader.look(positions.start(identity.name, number, self._token, 0, None, 0, 0))
+        kafka = ShardLog(self._config, identity.name, number, stop=self._stop)
+        try:
+            kafka.check(types, shards=identity.shards)
+            kafka.take()
+            value = kafka.read_position()
+            if value is None:
+                position = positions.start(
+                    identity.name, number, self._token, head.epoch, identity.system, head.timeline, head.removed_id
+                )
+                emit(log, "relay.new_log", shard=number, removed_id=head.removed_id)
+            else:
+                found = Position.decode(value)
+                if found.outbox != identity.name or found.shard != number:
+                    raise WrongOutboxError(
+                        f'The positions topic of "{identity.name}" holds a record of "{found.outbox}", shard '
+                        f"{found.shard}, where shard {number} was expected.",
+                        cure="Somebody else wrote to this topic; see docs/guarantees.md.",
+                    )
+                position = replace(found, token=self._token)
+            dead = {(letter.type, letter.key): letter.id for letter in kafka.read_dead_letters()}
+            self._refuse_other_cluster(position, identity)
+            kafka.begin()
+            kafka.send_position(position.encode())
+            kafka.commit()
+        except BaseException:
+            kafka.discard()
+            raise
+        self._kafka, self._position, self._dead = kafka, position, dead
+        self._inherited = position.cut is not None
+        self._types_seen = head.types_version
+        emit(log, "relay.holds", shard=number, outbox=identity.name, token=self._token, epoch=position.epoch)
+
+    def _refuse_other_cluster(self, position: Position, identity: Identity) -> None:
+        """Before anything is written: a wrong database must not even take the token."""
+        if judge(position, self._reader.look(position)[0]) is Verdict.OTHER_CLUSTER:
+            raise WrongClusterError(
+                f"The database is another cluster (system identifier {identity.system}) than the one that "
+                f'"{identity.name}" was published from ({position.system}): a copy, or a wrong database URL.',
+                cure="Correct OUTBOX_DATABASE_URL; or, if this copy is to take over for good: outbox adopt.",
+            )
+
+    def forget(self, *, database: bool = False) -> None:
+        """Give up the hold (or, with `database`, the connection): what was begun is not gone on with.
+
+        The position is read again by whoever takes the shard next. A hold outlives the connection, unless a
+        transaction is open.
+        """
+        self._drop_ahead()
+        if database:
+            self._reader.close()
+            if self._kafka is None or not self._kafka.in_transaction:
+                return
+        kafka, self._kafka = self._kafka, None
+        self._position = None
+        self._part_size = None
+        if kafka is not None:
+            kafka.discard()
+
+    def _lost(self, kafka: ShardLog, position: Position, fault: Exception) -> None:
+        """A commit that failed, or may have: the hold is given up; another holder's token says that it is lost."""
+        aborted = isinstance(fault, Aborted)
+        emit(log, "relay.aborted" if aborted else "relay.hold_in_doubt", shard=self._number, reason=str(fault))
+        self.forget()
+        if aborted:
+            return
+        value = kafka.read_position()
+        holder = Position.decode(value).token if value is not None else None
+        if holder not in {None, self._token}:
+            raise FencedError(
+                f'Another relay took over shard {self._number} of "{position.outbox}"; this one stops, having lost '
+                "nothing.",
+                cure="Run one relay a shard. If this one is to publish, stop the other and start it again.",
+            )
+
+    def settle(self) -> None:
+        """Wait until consumers see what was committed.
+
+        Kafka acknowledges a commit before it has marked it in the partitions; a fresh producer of the same id is
+        given only afterwards. Whoever drains and then reads finds everything.
+        """
+        if self._kafka is not None:
+            self._kafka.renew()
+
+    def committed_positions(self) -> list[Position]:
+        """The committed positions of all shards that have one; none while this one is not held."""
+        if self._kafka is None:
+            return []
+        return [Position.decode(value) for value in self._kafka.read_all_positions() if value is not None]
+
+    # -- what the lineage says ---------------------------------------------------------------------------------
+
+    def _mend(self, kafka: ShardLog, verdict: Verdict, batch: Batch) -> Step:
+        position, head = batch.position, batch.head
+        if verdict is Verdict.OTHER_CLUSTER:
+            raise WrongClusterError(
+                f"The database behind the connection is now another cluster ({head.system}, was {position.system}).",
+                cure="Correct OUTBOX_DATABASE_URL; or, if it is to take over for good: outbox adopt.",
+            )
+        if verdict is Verdict.LOST_TAIL:
+            anchor = position.reached.anchor
+            what = (
+                f"The database lost its tail: entry {anchor.id if anchor else '-'} of epoch {position.epoch} was "
+                f"published and is not there (epoch {head.epoch} now)."
+            )
+            if self._config.on_lost_tail == "stop":
+                raise LostTailError(what, cure="Look at the fail-over or the restore, then: outbox adopt.")
+            emit(log, "relay.lost_tail", shard=self._number, error=what)
+            known = [*self.committed_positions(), position]
+            epoch = adopt_log(self._config, expected_epoch=head.epoch, positions=known, from_system=None)
+            emit(log, "relay.adopted", shard=self._number, epoch=epoch)
+            return Step(Did.ADOPTED, more=True)
+        # A newer epoch: everything retained is new, under new ids. Said in Kafka at once, also when there is nothing.
+        fresh = positions.start(
+            position.outbox, self._number, self._token, head.epoch, head.system, head.timeline, head.removed_id
+        )
+        fresh = replace(fresh, totals=position.totals, requests=position.requests)
+        emit(log, "relay.starts_anew", shard=self._number, epoch=head.epoch)
+        try:
+            self._commit(kafka, Part((), (), (), fresh, 0))
+        except (Fenced, Unknown, Aborted) as fault:
+            self._lost(kafka, position, fault)
+        else:
+            self._position = fresh
+        return Step(Did.ADOPTED, more=True)
+
+    def _say_timeline(self, batch: Batch) -> None:
+        head, position = batch.head, batch.position
+        if head.timeline not in {position.timeline, self._timeline_said}:
+            self._timeline_said = head.timeline
+            emit(log, "relay.timeline", shard=self._number, before=position.timeline, now=head.timeline)
+
+    # -- before publishing -------------------------------------------------------------------------------------
+
+    def _report(self, batch: Batch) -> None:
+        """Tell the control table what is done already; Kafka knows it first."""
+        for request in batch.requests:
+            progress = batch.position.requests.get(str(request.id))
+            if progress is not None and "done" in progress:
+                self._reader.report(request.id, progress["done"])
+
+    def _follow_types(self, kafka: ShardLog, batch: Batch) -> None:
+        if batch.head.types_version != self._types_seen or (batch.requests and self._dead):
+            # A changed type may point to another topic, and a raised limit is what a retry waits for.
+            identity = self._reader.identity
+            kafka.check(batch.types, shards=identity.shards if identity else 1)
+            self._types_seen = batch.head.types_version
+
+    # -- publishing --------------------------------------------------------------------------------------------
+
+    def _nothing(self, kafka: ShardLog, batch: Batch) -> Step:
+        """An empty difference commits nothing, but for a position that would pin the ring, or that can be shortened."""
+        position, head = batch.position, batch.head
+        following = replace(batch.next(), timeline=head.timeline, requests=batch.progress)
+        if position.cut is not None:
+            # The end of a cut is a point of its own: what came since is read from there.
+            self._position = following
+            return Step(Did.NOTHING, more=True, caught_up=self._past_cut(batch), read_seconds=batch.seconds)
+        anchor, top, identity = position.point.anchor, head.top, self._reader.identity
+        aged = (
+            anchor is not None
+            and top is not None
+            and top.id > anchor.id
+            and identity is not None
+            and (top.created_us - anchor.created_us) / 1e6 > identity.retention / 2
+        )
+        if aged or position.timeline != head.timeline or len(following.requests) != len(position.requests):
+            self._commit(kafka, Part((), (), (), following, 0))
+            self._position = following
+        return Step(Did.NOTHING, caught_up=True, read_seconds=batch.seconds)
+
+    def _past_cut(self, batch: Batch) -> bool:
+        """Whether all that was committed at the take-over is published once this batch is."""
+        if batch.cut:
+            return False
+        caught_up = batch.position.cut is None or not self._inherited
+        self._inherited = False
+        return caught_up
+
+    def _publish(self, kafka: ShardLog, plan: Plan, batch: Batch) -> Step:
+        # Once a sleep, not once a batch: it is a statement of its own.
+        self._reader.show("working")
+        began = time.monotonic()
+        dead = 0
+        while not plan.finished:
+            part = plan.part(self._part_size)
+            try:
+                self._commit(kafka, part, batch)
+            except Refused as fault:
+                self._narrow(kafka, plan, part, fault)
+                continue
+            self._position, self._dead = part.position, plan.done(part)
+            dead += len(part.letters)
+            for letter in part.letters:
+                emit(
+                    log,
+                    "relay.dead_letter",
+                    shard=self._number,
+                    type=letter.type,
+                    key=letter.key,
+                    id=letter.id,
+                    reason=letter.reason,
+                    message=letter.message,
+                )
+            if self._part_size is not None:
+                self._part_size *= 2
+        self._part_size = None
+        step = Step(
+            Did.PUBLISHED,
+            entries=len(batch.entries),
+            records=plan.records,
+            dead=dead,
+            more=batch.cut,
+            caught_up=self._past_cut(batch),
+            read_seconds=batch.seconds,
+            commit_seconds=time.monotonic() - began,
+        )
+        emit(
+            log,
+            "relay.published",
+            shard=self._number,
+            entries=step.entries,
+            records=step.records,
+            dead=step.dead,
+            read_seconds=step.read_seconds,
+            commit_seconds=step.commit_seconds,
+        )
+        return step
+
+    def _commit(self, kafka: ShardLog, part: Part, batch: Batch | None = None) -> None:
+        """One Kafka transaction: a part of a batch (None: no entries) and the position after it."""
+        if part.letters:
+            self._check_dead({*self._dead, *((letter.type, letter.key) for letter in part.letters)})
+        kafka.begin()
+        kafka.send_all(part.messages)
+        for letter in part.letters:
+            kafka.send_dead_letter(letter)
+        for entity in part.cleared:
+            kafka.clear_dead_letter(*entity)
+        kafka.send_position(replace(part.position, at_ms=_now_ms()).encode())
+        if batch is not None:
+            self._reader.wait_flushed(batch.head.insert_lsn)
+            if part.position.cut is not None and part.position.cut.last_id == batch.last_id and not self._stop():
+                # The batch's last part: while it is committed, the next batch of the same cut is read.
+                self._ahead = self._thread.submit(self._read, part.position)
+        try:
+            kafka.commit()
+        except Refused as fault:
+            if part.messages:
+                raise
+            raise BrokerError(
+                f"Kafka refused a record of the outbox's own topics (positions or dead letters): {fault}.",
+                cure="Bring their settings in line: outbox topics check, outbox topics apply.",
+            ) from fault
+
+    def _narrow(self, kafka: ShardLog, plan: Plan, part: Part, fault: Refused) -> None:
+        """Halve what is sent at once; leave out the record that is refused alone."""
+        self._drop_ahead()
+        kafka.renew()
+        if len(part.messages) > 1:
+            self._part_size = len(part.messages) // 2
+        else:
+            plan.refuse(f"the broker refused the record: {fault}")
+
+    def _check_dead(self, dead: set[Entity]) -> None:
+        if len(dead) > self._config.max_dead_letters:
+            raise TooManyDeadLettersError(
+                f"Shard {self._number} has {len(dead)} dead letters, more than max_dead_letters "
+                f"({self._config.max_dead_letters}): the cause is likely not the entries. Nothing was lost.",
+                cure="See outbox dead-letters list for the reasons; mend them and start the relay again, or raise "
+                "max_dead_letters.",
+            )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,253 @@
+"""The plan of a batch: parts, dead letters, requests, and the position after each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outbox.batch import Batch, Entity, Request
+from outbox.entity_type import EntityType
+from outbox.entry import Entry
+from outbox.lineage import Head
+from outbox.plan import Part, Plan
+from outbox.position import Anchor, Cut, Point, Position, Snapshot, Totals, start
+
+TYPES = {
+    "user": EntityType("user", "users"),
+    "event": EntityType("event", "events", collapse=False),
+}
+LIMITS = {"users": 10_000, "events": 10_000}
+BIG = b"x" * 20_000
+
+
+def entry(number: int, key: str = "a", state: bytes | None = b"{}", *, of: str = "user") -> Entry:
+    return Entry(number, of, key, state, 1_000)
+
+
+def batch_of(
+    entries: Sequence[Entry],
+    *,
+    requests: Sequence[Request] = (),
+    retained: Sequence[Entry] = (),
+    last_id: int | None = None,
+    position: Position | None = None,
+) -> Batch:
+    top = max((e.id for e in entries), default=100)
+    head = Head(Snapshot(50, 50), "0/0", "1", 1, 1, 0, 1, anchor_found=True, top=Anchor(max(top, 100), 49, 0, 0))
+    before = position or start("shop", 0, "t", 1, "1", 1, 0)
+    return Batch(before, head, TYPES, entries, last_id, requests, retained)
+
+
+def plan_of(batch: Batch, dead: Mapping[Entity, int] | None = None) -> Plan:
+    return Plan(batch, LIMITS, dead or {}, now_ms=5_000)
+
+
+def parts(plan: Plan, size: int) -> Iterator[Part]:
+    """Every part, committed one after the other."""
+    while not plan.finished:
+        part = plan.part(size)
+        yield part
+        plan.done(part)
+
+
+def test_one_part_takes_a_whole_batch_and_leads_to_the_point_that_the_snapshot_sees() -> None:
+    """The normal case: one Kafka transaction."""
+    plan = plan_of(batch_of([entry(1), entry(2, "b"), entry(3)]))
+    part = plan.part()
+    assert [m.entry.id for m in part.messages] == [2, 3]
+    assert (part.position.cut, part.position.point.floor) == (None, 100)
+    assert part.position.totals == {"user": Totals(entries=3, records=2)}
+    assert plan.done(part) == {}
+    assert plan.finished
+
+
+def test_parts_are_cut_by_id_towards_the_same_point_and_count_each_entry_once() -> None:
+    """A relay that is killed between two parts goes on from the first one's position."""
+    plan = plan_of(batch_of([entry(n, f"k{n}") for n in range(1, 8)]))
+    seen = list(parts(plan, 3))
+    assert [[m.entry.id for m in part.messages] for part in seen] == [[1, 2, 3], [4, 5, 6], [7]]
+    cuts = [part.position.cut for part in seen]
+    assert [cut and cut.last_id for cut in cuts] == [3, 6, None]
+    assert all(cut is None or cut.to.floor == 100 for cut in cuts)
+    assert [part.position.totals["user"].entries for part in seen] == [3, 6, 7]
+    assert seen[0].position.published(3, 10)
+    assert not seen[0].position.published(4, 10)
+
+
+def test_a_batch_that_is_cut_stays_cut_after_its_last_part() -> None:
+    """The rest of the difference is read next."""
+    plan = plan_of(batch_of([entry(1), entry(2, "b")], last_id=2))
+    part = plan.part()
+    assert part.position.cut is not None
+    assert part.position.cut.last_id == 2
+
+
+def test_what_cannot_be_published_goes_with_the_part_that_its_id_lies_in() -> None:
+    """No letter before its turn, none forgotten, also when it is the last."""
+    plan = plan_of(batch_of([entry(1, "a"), entry(2, "b", BIG), entry(3, "c"), entry(4, "d", BIG)]))
+    seen = list(parts(plan, 1))
+    assert [[m.entry.id for m in part.messages] for part in seen] == [[1], [3]]
+    assert [[letter.id for letter in part.letters] for part in seen] == [[], [2, 4]]
+    assert seen[-1].position.totals["user"] == Totals(entries=4, records=2, dead=2)
+
+
+def test_a_refused_message_is_left_out_and_becomes_a_letter() -> None:
+    """The others of the batch are published."""
+    plan = plan_of(batch_of([entry(1, "a"), entry(2, "b"), entry(3, "c")]))
+    first = plan.part(1)
+    plan.done(first)
+    plan.refuse("no")
+    part = plan.part(1)
+    assert [m.entry.id for m in part.messages] == [3]
+    assert [(letter.id, letter.reason) for letter in part.letters] == [(2, "refused")]
+    assert plan.done(part) == {("user", "b"): 2}
+    assert plan.finished
+
+
+def test_a_batch_of_nothing_but_refused_messages_still_advances() -> None:
+    """Else it would be read for ever."""
+    plan = plan_of(batch_of([entry(1)]))
+    plan.refuse("no")
+    part = plan.part(1)
+    assert (part.messages, [letter.id for letter in part.letters]) == ([], [1])
+    assert part.position.cut is None
+
+
+def test_a_later_state_clears_a_dead_letter_and_an_earlier_one_does_not() -> None:
+    """Of one key in one batch, with collapse off: what counts is which id is greater."""
+    good_last = plan_of(batch_of([entry(1, "a", BIG, of="event"), entry(2, "a", of="event")]))
+    part = good_last.part()
+    assert [letter.id for letter in part.letters] == [1]
+    assert part.cleared == [("event", "a")]
+    assert good_last.done(part) == {}
+    bad_last = plan_of(batch_of([entry(1, "a", of="event"), entry(2, "a", BIG, of="event")]))
+    part = bad_last.part()
+    assert part.cleared == []
+    assert bad_last.done(part) == {("event", "a"): 2}
+
+
+def test_a_letter_of_before_is_cleared_by_a_newer_state() -> None:
+    """It has nothing to say any more."""
+    plan = plan_of(batch_of([entry(7, "a")]), {("user", "a"): 3, ("user", "b"): 4})
+    part = plan.part()
+    assert part.cleared == [("user", "a")]
+    assert plan.done(part) == {("user", "b"): 4}
+
+
+RETRY = Request(9, "retry", {"type": None, "keys": None})
+DROP = Request(8, "drop", {"type": "user", "keys": ["a"]})
+
+
+def test_a_retry_publishes_the_last_retained_entry_after_the_batch_and_says_what_became_of_each() -> None:
+    """In the batch: published anyway. Gone: said. Still too large: stays a dead letter."""
+    dead = {("user", "kept"): 1, ("user", "gone"): 2, ("user", "big"): 3, ("user", "again"): 4}
+    batch = batch_of(
+        [entry(50, "again"), entry(51, "other")], requests=[RETRY], retained=[entry(1, "kept"), entry(3, "big", BIG)]
+    )
+    plan = plan_of(batch, dead)
+    part = plan.part()
+    assert [m.entry.id for m in part.messages] == [50, 51, 1]
+    assert part.position.requests["9"] == {"done": {"retried": 2, "refused": 1, "not_retained": [["user", "gone"]]}}
+    assert plan.done(part) == {("user", "gone"): 2, ("user", "big"): 3}
+
+
+def test_a_retried_record_that_is_refused_again_is_said_to_be_refused() -> None:
+    """Halved like any other: the innocent are published."""
+    dead = {("user", "guilty"): 1, ("user", "innocent"): 2}
+    plan = plan_of(
+        batch_of([entry(50, "new")], requests=[RETRY], retained=[entry(1, "guilty"), entry(2, "innocent")]), dead
+    )
+    plan.done(plan.part(1))
+    plan.refuse("no")
+    part = plan.part(1)
+    assert [m.entry.id for m in part.messages] == [2]
+    assert part.position.requests["9"] == {"done": {"retried": 1, "refused": 1, "not_retained": []}}
+    assert plan.done(part) == {("user", "guilty"): 1}
+
+
+def test_a_part_between_the_batch_and_what_is_retried_has_the_batch_done_and_the_request_open() -> None:
+    """A relay that is killed there does the request anew, in a snapshot of its own."""
+    plan = plan_of(batch_of([entry(50, "new")], requests=[RETRY], retained=[entry(1)]), {("user", "a"): 1})
+    part = plan.part(1)
+    assert (part.position.cut, dict(part.position.requests)) == (None, {})
+    plan.done(part)
+    assert plan.part(1).position.requests["9"]["done"]["retried"] == 1
+
+
+def test_dropped_letters_are_cleared_and_no_later_request_retries_them() -> None:
+    """Requests are done in the order of their ids."""
+    dead = {("user", "a"): 1, ("user", "b"): 2}
+    plan = plan_of(batch_of([], requests=[DROP, RETRY], retained=[entry(1), entry(2, "b")]), dead)
+    part = plan.part()
+    assert [m.entry.key for m in part.messages] == ["b"]
+    assert set(part.cleared) == {("user", "a"), ("user", "b")}
+    assert part.position.requests["8"] == {"done": {"dropped": 1}}
+    assert plan.done(part) == {}
+
+
+def test_a_request_that_the_position_knows_to_be_done_is_not_done_again_and_is_forgotten_when_it_is_closed() -> None:
+    """It was committed; only the control table had not been told."""
+    done = {"9": {"done": {"retried": 1}}, "7": {"done": {}}}
+    position = start("shop", 0, "t", 1, "1", 1, 0)
+    position = Position(**{name: getattr(position, name) for name in Position.__slots__} | {"requests": done})
+    plan = plan_of(batch_of([], requests=[RETRY], retained=[entry(1)], position=position), {("user", "a"): 1})
+    assert plan.empty
+    plan = plan_of(batch_of([entry(5)], requests=[RETRY], position=position))
+    assert plan.part().position.requests == {"9": done["9"]}
+
+
+@pytest.mark.parametrize("cut", [None, 40])
+def test_only_a_batch_that_ends_at_its_own_snapshot_takes_requests(cut: int | None) -> None:
+    """The rest of a cut backlog is older than what a request would publish."""
+    position = start("shop", 0, "t", 1, "1", 1, 0)
+    if cut is not None:
+        position = position.advanced(Point(Snapshot(50, 50), Anchor(60, 49, 0, 0)), cut)
+    assert isinstance(position.cut, Cut) == (cut is not None)
+    assert batch_of([entry(41)], position=position).takes_requests == (cut is None)
+    assert not batch_of([entry(41)], position=position, last_id=41).takes_requests
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["user", "event"]), st.booleans()), max_size=12),
+    st.lists(st.integers(1, 4), min_size=1, max_size=30),
+    st.sets(st.integers(1, 12)),
+)
+def test_however_it_is_cut_and_refused_the_end_is_the_same(
+    made: list[tuple[str, str, bool]], sizes: list[int], guilty: set[int]
+) -> None:
+    """Each entry is published, superseded or a letter, once, in order, and the totals tell it."""
+    entries = [entry(number, key, BIG if big else b"{}", of=of) for number, (key, of, big) in enumerate(made, start=1)]
+    plan = plan_of(batch_of(entries))
+    published: list[int] = []
+    letters: list[int] = []
+    turn = 0
+    part = None
+    while not plan.finished:
+        part = plan.part(sizes[turn % len(sizes)])
+        turn += 1
+        bad = [m for m in part.messages if m.entry.id in guilty]
+        if bad and len(part.messages) > 1:
+            part = plan.part(1)
+            bad = [m for m in part.messages if m.entry.id in guilty]
+        if bad:
+            plan.refuse("no")
+            continue
+        published += [m.entry.id for m in part.messages]
+        letters += [letter.id for letter in part.letters]
+        plan.done(part)
+    assert part is not None
+    wanted = {
+        e.id
+        for e in entries
+        if e.type == "event" or not any(f.id > e.id and (f.type, f.key) == (e.type, e.key) for f in entries)
+    }
+    assert published == sorted(published)
+    assert sorted(published + letters) == sorted(wanted)
+    assert set(letters) == {n for n in wanted if n in guilty or entries[n - 1].state == BIG}
+    totals = part.position.totals.values()
+    assert sum(t.entries for t in totals) == len(entries)
+    assert sum(t.records for t in totals) == len(published)
+    assert sum(t.dead for t in totals) == len(letters)
