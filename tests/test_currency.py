@@ -182,7 +182,7 @@ class Background:
 
 
 def backend(session: orm.Session) -> int:
-    return session.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+    return int(session.execute(sa.text("SELECT pg_backend_pid()")).scalar_one())
 
 
 def test_an_object_that_another_session_changed_since_it_was_loaded(way: Way, engine: sa.Engine, database: str) -> None:

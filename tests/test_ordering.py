@@ -185,7 +185,7 @@ def test_twelve_writers_every_entry_once_each_key_in_order_and_three_wrong_reade
 
     assert judgements["by position"].right, judgements["by position"]
     with psycopg.connect(things) as connection:
-        table = dict(connection.execute("SELECT key, version FROM thing WHERE version > 0").fetchall())
+        table: dict[str, int] = dict(connection.execute("SELECT key, version FROM thing WHERE version > 0").fetchall())
     assert {one.key: one.version for one in results["by position"]} == table
 
     assert judgements["by greatest id"].lost

@@ -196,7 +196,9 @@ def test_kill_9_at_random_moments_while_writers_write(road: Road) -> None:
     judgement = judge(committed_ids(road.url), seen(road.kafka, topic))
     assert judgement.right, judgement
     with psycopg.connect(road.url) as connection:
-        table = dict(connection.execute("SELECT key, version FROM thing WHERE alive AND version > 0").fetchall())
+        table: dict[str, int] = dict(
+            connection.execute("SELECT key, version FROM thing WHERE alive AND version > 0").fetchall()
+        )
     assert {key: value["version"] for key, value in live(road.kafka, topic).json.items()} == table  # type: ignore[index]  # a state of Writers
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -197,6 +197,7 @@ class Watch:
                 with self._lock:
                     self._position = position
             return
-        entry = next((int(text) for name, text in message.headers() or () if name == "outbox-id"), 0)
+        headers = cast("list[tuple[str, bytes]]", message.headers() or [])
+        entry = next((int(text) for name, text in headers if name == "outbox-id"), 0)
         with self._lock:
             self._arrived.append((entry, now))
