@@ -9,7 +9,7 @@ from __future__ import annotations
 import selectors
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import orjson
@@ -26,23 +26,13 @@ from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.errors import RelayError, SchemaError, UnsuitableServerError, WrongOutboxError
 from outbox.lineage import Head
+from outbox.ports import Identity
 from outbox.position import Anchor, Position, Snapshot
 from outbox.schema import NEWEST, bell_key
 from outbox.wake import Wake
 
 _MOST = 2**63 - 1
 _BACKEND_FLUSHES = 170_000  # from PostgreSQL 17 on, a message can be flushed without a transaction
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What identifies an outbox; read once a connection. `retention` in seconds."""
-
-    name: str
-    shards: int
-    doorbell: bool
-    retention: float
-    system: str | None
 
 
 class Reader:

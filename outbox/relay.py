@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 
+from outbox.adoption import adopt_log
 from outbox.config import Config
 from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, OutboxError
+from outbox.kafka.shard_log import ShardLog
 from outbox.pruning import prune_ring
 from outbox.reader import Reader
 from outbox.shard import Did, Shard, Step
@@ -29,7 +32,9 @@ class Relay:
         self._config = config
         self._wake = wake or Wake()
         self._reader = Reader(config, shard=config.shard)
-        self._shard = Shard(config, self._reader, stop=lambda: self._wake.is_set)
+        self._shard = Shard(
+            config, self._reader, partial(ShardLog, config), partial(adopt_log, config), stop=lambda: self._wake.is_set
+        )
         self._waiting_for: str | None = None
         self._tries = 0
         self._next_prune = 0.0

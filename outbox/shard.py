@@ -12,11 +12,10 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from outbox import position as positions
-from outbox.adoption import adopt_log
 from outbox.batch import Batch, Entity, Request
 from outbox.config import Config
 from outbox.errors import (
@@ -29,11 +28,10 @@ from outbox.errors import (
     WrongOutboxError,
 )
 from outbox.kafka.faults import Aborted, Fenced, Refused, Unknown
-from outbox.kafka.shard_log import ShardLog
 from outbox.lineage import Verdict, judge
 from outbox.plan import Part, Plan
+from outbox.ports import Adopt, Identity, Log, OpenLog, Source
 from outbox.position import Position
-from outbox.reader import Identity, Reader
 from outbox.telemetry import emit
 
 log = logging.getLogger("outbox.relay")
@@ -70,21 +68,36 @@ class Step:
 class Shard:
     """Publishes one shard of one outbox; used by one thread.
 
-    `stop` is asked within long waits whether to give up. Raises the errors of `outbox.errors`: after
+    `stop` is asked within long waits whether to give up; `token` names this holder, anew for each start; `now_ms` is
+    the clock, milliseconds since 1970. Raises the errors of `outbox.errors`: after
     `DatabaseUnavailableError` and `BrokerUnavailableError` call `forget` and step again; the others are for a person.
     """
 
-    def __init__(self, config: Config, reader: Reader, *, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        open_log: OpenLog,
+        adopt: Adopt,
+        *,
+        stop: Callable[[], bool],
+        read_ahead: Executor | None = None,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        token: str | None = None,
+    ) -> None:
         self._config = config
         self._number = config.shard
         self._stop = stop
-        self._reader = reader
-        self._token = uuid.uuid4().hex
-        self._kafka: ShardLog | None = None
+        self._source = source
+        self._open_log = open_log
+        self._adopt = adopt
+        self._now_ms = now_ms
+        self._token = token or uuid.uuid4().hex
+        self._kafka: Log | None = None
         self._position: Position | None = None
         self._dead: Mapping[Entity, int] = {}
         self._ahead: Future[Batch] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox-read-ahead")
+        self._thread = read_ahead or ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox-read-ahead")
         self._part_size: int | None = None
         self._types_seen = 0
         self._timeline_said: int | None = None
@@ -109,12 +122,12 @@ class Shard:
 
     def step(self) -> Step:
         """Do one pass: take the shard if it is not held, else publish the next batch if there is one."""
-        if not self._reader.connected:
+        if not self._source.connected:
             self._drop_ahead()
-            self._reader.open()
+            self._source.open()
         kafka, position = self._kafka, self._position
         if kafka is None or position is None:
-            self._take(self._reader.identity)
+            self._take(self._source.identity)
             return Step(Did.TOOK_OVER, more=True)
         batch = self._next_batch(position)
         verdict = judge(batch.position, batch.head)
@@ -124,7 +137,7 @@ class Shard:
         self._say_timeline(batch)
         self._report(batch)
         self._follow_types(kafka, batch)
-        plan = Plan(batch, kafka.limits, self._dead, now_ms=_now_ms())
+        plan = Plan(batch, kafka.limits, self._dead, now_ms=self._now_ms())
         try:
             if plan.empty:
                 return self._nothing(kafka, batch)
@@ -161,7 +174,7 @@ class Shard:
             again = (r for r in requests if r.kind == "retry" and str(r.id) not in done)
             return {entity: dead[entity] for request in again for entity in request.names(dead)}
 
-        return self._reader.read(position, wanted)
+        return self._source.read(position, wanted)
 
     def _drop_ahead(self) -> None:
         """Throw away what was read ahead: after a failed or unknown commit it starts from the wrong place."""
@@ -179,8 +192,8 @@ class Shard:
             raise DatabaseUnavailableError("There is no connection to the database.")
         self.forget()
         number = self._number
-        head, types = self._reader.look(positions.start(identity.name, number, self._token, 0, None, 0, 0))
-        kafka = ShardLog(self._config, identity.name, number, stop=self._stop)
+        head, types = self._source.look(positions.start(identity.name, number, self._token, 0, None, 0, 0))
+        kafka = self._open_log(identity.name, number, stop=self._stop)
         try:
             kafka.check(types, shards=identity.shards)
             kafka.take()
@@ -214,7 +227,7 @@ class Shard:
 
     def _refuse_other_cluster(self, position: Position, identity: Identity) -> None:
         """Before anything is written: a wrong database must not even take the token."""
-        if judge(position, self._reader.look(position)[0]) is Verdict.OTHER_CLUSTER:
+        if judge(position, self._source.look(position)[0]) is Verdict.OTHER_CLUSTER:
             raise WrongClusterError(
                 f"The database is another cluster (system identifier {identity.system}) than the one that "
                 f'"{identity.name}" was published from ({position.system}): a copy, or a wrong database URL.',
@@ -229,7 +242,7 @@ class Shard:
         """
         self._drop_ahead()
         if database:
-            self._reader.close()
+            self._source.close()
             if self._kafka is None or not self._kafka.in_transaction:
                 return
         kafka, self._kafka = self._kafka, None
@@ -238,7 +251,7 @@ class Shard:
         if kafka is not None:
             kafka.discard()
 
-    def _lost(self, kafka: ShardLog, position: Position, fault: Exception) -> None:
+    def _lost(self, kafka: Log, position: Position, fault: Exception) -> None:
         """A commit that failed, or may have: the hold is given up; another holder's token says that it is lost."""
         aborted = isinstance(fault, Aborted)
         emit(log, "relay.aborted" if aborted else "relay.hold_in_doubt", shard=self._number, reason=str(fault))
@@ -271,7 +284,7 @@ class Shard:
 
     # -- what the lineage says ---------------------------------------------------------------------------------
 
-    def _mend(self, kafka: ShardLog, verdict: Verdict, batch: Batch) -> Step:
+    def _mend(self, kafka: Log, verdict: Verdict, batch: Batch) -> Step:
         position, head = batch.position, batch.head
         if verdict is Verdict.OTHER_CLUSTER:
             raise WrongClusterError(
@@ -288,7 +301,7 @@ class Shard:
                 raise LostTailError(what, cure="Look at the fail-over or the restore, then: outbox adopt.")
             emit(log, "relay.lost_tail", shard=self._number, error=what)
             known = [*self.committed_positions(), position]
-            epoch = adopt_log(self._config, expected_epoch=head.epoch, positions=known, from_system=None)
+            epoch = self._adopt(expected_epoch=head.epoch, positions=known, from_system=None)
             emit(log, "relay.adopted", shard=self._number, epoch=epoch)
             return Step(Did.ADOPTED, more=True)
         # A newer epoch: everything retained is new, under new ids. Said in Kafka at once, also when there is nothing.
@@ -318,18 +331,18 @@ class Shard:
         for request in batch.requests:
             progress = batch.position.requests.get(str(request.id))
             if progress is not None and "done" in progress:
-                self._reader.report(request.id, progress["done"])
+                self._source.report(request.id, progress["done"])
 
-    def _follow_types(self, kafka: ShardLog, batch: Batch) -> None:
+    def _follow_types(self, kafka: Log, batch: Batch) -> None:
         if batch.head.types_version != self._types_seen or (batch.requests and self._dead):
             # A changed type may point to another topic, and a raised limit is what a retry waits for.
-            identity = self._reader.identity
+            identity = self._source.identity
             kafka.check(batch.types, shards=identity.shards if identity else 1)
             self._types_seen = batch.head.types_version
 
     # -- publishing --------------------------------------------------------------------------------------------
 
-    def _nothing(self, kafka: ShardLog, batch: Batch) -> Step:
+    def _nothing(self, kafka: Log, batch: Batch) -> Step:
         """An empty difference commits nothing, but for a position that would pin the ring, or that can be shortened."""
         position, head = batch.position, batch.head
         following = replace(batch.next(), timeline=head.timeline, requests=batch.progress)
@@ -337,7 +350,7 @@ class Shard:
             # The end of a cut is a point of its own: what came since is read from there.
             self._position = following
             return Step(Did.NOTHING, more=True, caught_up=self._past_cut(batch), read_seconds=batch.seconds)
-        anchor, top, identity = position.point.anchor, head.top, self._reader.identity
+        anchor, top, identity = position.point.anchor, head.top, self._source.identity
         aged = (
             anchor is not None
             and top is not None
@@ -358,9 +371,9 @@ class Shard:
         self._inherited = False
         return caught_up
 
-    def _publish(self, kafka: ShardLog, plan: Plan, batch: Batch) -> Step:
+    def _publish(self, kafka: Log, plan: Plan, batch: Batch) -> Step:
         # Once a sleep, not once a batch: it is a statement of its own.
-        self._reader.show("working")
+        self._source.show("working")
         began = time.monotonic()
         dead = 0
         while not plan.finished:
@@ -408,7 +421,7 @@ class Shard:
         )
         return step
 
-    def _commit(self, kafka: ShardLog, part: Part, batch: Batch | None = None) -> None:
+    def _commit(self, kafka: Log, part: Part, batch: Batch | None = None) -> None:
         """One Kafka transaction: a part of a batch (None: no entries) and the position after it."""
         if part.letters:
             self._check_dead({*self._dead, *((letter.type, letter.key) for letter in part.letters)})
@@ -418,9 +431,9 @@ class Shard:
             kafka.send_dead_letter(letter)
         for entity in part.cleared:
             kafka.clear_dead_letter(*entity)
-        kafka.send_position(replace(part.position, at_ms=_now_ms()).encode())
+        kafka.send_position(replace(part.position, at_ms=self._now_ms()).encode())
         if batch is not None:
-            self._reader.wait_flushed(batch.head.insert_lsn)
+            self._source.wait_flushed(batch.head.insert_lsn)
             if part.position.cut is not None and part.position.cut.last_id == batch.last_id and not self._stop():
                 # The batch's last part: while it is committed, the next batch of the same cut is read.
                 self._ahead = self._thread.submit(self._read, part.position)
@@ -434,7 +447,7 @@ class Shard:
                 cure="Bring their settings in line: outbox topics check, outbox topics apply.",
             ) from fault
 
-    def _narrow(self, kafka: ShardLog, plan: Plan, part: Part, fault: Refused) -> None:
+    def _narrow(self, kafka: Log, plan: Plan, part: Part, fault: Refused) -> None:
         """Halve what is sent at once; leave out the record that is refused alone."""
         self._drop_ahead()
         kafka.renew()
@@ -451,7 +464,3 @@ class Shard:
                 cure="See outbox dead-letters list for the reasons; mend them and start the relay again, or raise "
                 "max_dead_letters.",
             )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -1,0 +1,133 @@
+"""What a shard needs of PostgreSQL and of Kafka. The edges are that; so is the world that tests/model explores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from outbox.batch import Batch, Entity, Request
+from outbox.dead_letter import DeadLetter
+from outbox.entity_type import EntityType
+from outbox.lineage import Head
+from outbox.message import Message
+from outbox.position import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What identifies an outbox; read once a connection.
+
+    `retention` in seconds; `system` is the cluster's identifier, None where the server hides it.
+    """
+
+    name: str
+    shards: int
+    doorbell: bool
+    retention: float
+    system: str | None
+
+
+class Source(Protocol):
+    """The outbox's database. Every method may raise `DatabaseUnavailableError`: then `close`, `open`, again."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether a connection is open, as far as is known."""
+
+    @property
+    def identity(self) -> Identity | None:
+        """Of the outbox that was opened last."""
+
+    def open(self) -> Identity:
+        """Connect, and refuse a server that cannot be published from."""
+
+    def close(self) -> None:
+        """Give the connection back."""
+
+    def read(self, position: Position, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]]) -> Batch:
+        """Read the next batch after a position; `wanted` says which entities open requests want again."""
+
+    def look(self, position: Position) -> tuple[Head, Mapping[str, EntityType]]:
+        """A batch without its entries."""
+
+    def wait_flushed(self, lsn: str) -> None:
+        """Wait until everything up to an LSN is on the server's disk."""
+
+    def report(self, request: int, outcome: Mapping[str, Any]) -> None:
+        """Say what became of a request."""
+
+    def show(self, state: str) -> None:
+        """Show a state to whoever asks for the status."""
+
+
+class Log(Protocol):
+    """One shard's topics and its transactional producer.
+
+    Every method may raise `BrokerUnavailableError`, and within a transaction the faults of `outbox.kafka.faults`;
+    then the log is discarded, or, after a refusal, renewed.
+    """
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """Of each state topic its `max.message.bytes`."""
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction was begun and neither committed nor aborted."""
+
+    def check(self, types: Mapping[str, EntityType], *, shards: int) -> None:
+        """Refuse topics that are missing or would lose data."""
+
+    def take(self) -> None:
+        """Fence any other holder, and end what it left open."""
+
+    def renew(self) -> None:
+        """Take a fresh producer."""
+
+    def read_position(self) -> bytes | None:
+        """The last committed position of this shard."""
+
+    def read_all_positions(self) -> list[bytes | None]:
+        """That of every shard."""
+
+    def read_dead_letters(self) -> list[DeadLetter]:
+        """The dead letters of this shard."""
+
+    def begin(self) -> None:
+        """Begin a transaction."""
+
+    def send_all(self, messages: Sequence[Message]) -> None:
+        """Send state records."""
+
+    def send_dead_letter(self, letter: DeadLetter) -> None:
+        """Send a dead letter."""
+
+    def clear_dead_letter(self, type_name: str, key: str) -> None:
+        """Remove an entity's dead letter."""
+
+    def send_position(self, value: bytes) -> None:
+        """Send the position."""
+
+    def commit(self) -> None:
+        """Commit."""
+
+    def discard(self) -> None:
+        """Throw the producer away, whatever state it is in."""
+
+    def close(self) -> None:
+        """Abort what is open and close."""
+
+
+class OpenLog(Protocol):
+    """Makes the log of a shard; `stop` is asked within long waits whether to give up."""
+
+    def __call__(self, name: str, shard: int, *, stop: Callable[[], bool]) -> Log:
+        """The log of one shard of the outbox `name`."""
+
+
+class Adopt(Protocol):
+    """Makes the retained log new, unless somebody did already; see `outbox.adoption.adopt_log`."""
+
+    def __call__(self, *, expected_epoch: int, positions: Sequence[Position], from_system: str | None) -> int:
+        """The epoch in force afterwards."""
