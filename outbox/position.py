@@ -145,6 +145,16 @@ class Position:
             return True
         return self.cut.to.published(entry_id, xid) and entry_id <= self.cut.last_id
 
+    def takes(self, entry_id: int, xid: int) -> bool:
+        """Whether the batches after this position hold an entry that is visible: the rule that the queries spell out.
+
+        Without a cut that is every entry that is new since the point; within one, those that its end sees as well and
+        that are not done.
+        """
+        if self.point.published(entry_id, xid):
+            return False
+        return self.cut is None or (self.cut.to.published(entry_id, xid) and entry_id > self.cut.last_id)
+
     def advanced(self, to: Point, last_id: int | None) -> Position:
         """The position after a batch: at `to`, or, with `last_id`, within the cut towards it."""
         if last_id is None:

@@ -27,8 +27,8 @@ from outbox.errors import (
     WrongClusterError,
     WrongOutboxError,
 )
-from outbox.kafka.faults import Aborted, Fenced, Refused, Unknown
-from outbox.lineage import Verdict, judge
+from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
+from outbox.lineage import Head, Verdict, judge
 from outbox.plan import Part, Plan
 from outbox.ports import Adopt, Identity, Log, OpenLog, Source
 from outbox.position import Position
@@ -128,7 +128,7 @@ class Shard:
         kafka, position = self._kafka, self._position
         if kafka is None or position is None:
             self._take(self._source.identity)
-            return Step(Did.TOOK_OVER, more=True)
+            return Step(Did.TOOK_OVER if self.holds else Did.NOTHING, more=True)
         batch = self._next_batch(position)
         verdict = judge(batch.position, batch.head)
         if verdict is not Verdict.CONTINUES:
@@ -143,7 +143,7 @@ class Shard:
                 return self._nothing(kafka, batch)
             return self._publish(kafka, plan, batch)
         except (Fenced, Unknown, Aborted) as fault:
-            self._lost(kafka, position, fault)
+            self._lost(kafka, fault)
         return Step(Did.NOTHING, more=True)
 
     def look_again(self) -> bool:
@@ -192,31 +192,28 @@ class Shard:
             raise DatabaseUnavailableError("There is no connection to the database.")
         self.forget()
         number = self._number
-        head, types = self._source.look(positions.start(identity.name, number, self._token, 0, None, 0, 0))
         kafka = self._open_log(identity.name, number, stop=self._stop)
+        former: str | None = None
         try:
+            types = self._source.look(self._start(identity))[1]
             kafka.check(types, shards=identity.shards)
+            # Before anybody is fenced: a relay of the wrong database must not disturb the right one.
+            self._look_from(kafka, identity)
             kafka.take()
-            value = kafka.read_position()
-            if value is None:
-                position = positions.start(
-                    identity.name, number, self._token, head.epoch, identity.system, head.timeline, head.removed_id
-                )
+            found, head = self._look_from(kafka, identity)
+            if found is None:
+                position = self._start(identity, head)
                 emit(log, "relay.new_log", shard=number, removed_id=head.removed_id)
             else:
-                found = Position.decode(value)
-                if found.outbox != identity.name or found.shard != number:
-                    raise WrongOutboxError(
-                        f'The positions topic of "{identity.name}" holds a record of "{found.outbox}", shard '
-                        f"{found.shard}, where shard {number} was expected.",
-                        cure="Somebody else wrote to this topic; see docs/guarantees.md.",
-                    )
+                former = found.token
                 position = replace(found, token=self._token)
             dead = {(letter.type, letter.key): letter.id for letter in kafka.read_dead_letters()}
-            self._refuse_other_cluster(position, identity)
             kafka.begin()
             kafka.send_position(position.encode())
             kafka.commit()
+        except Fault as fault:
+            self._lost(kafka, fault, former=former)
+            return
         except BaseException:
             kafka.discard()
             raise
@@ -225,14 +222,35 @@ class Shard:
         self._types_seen = head.types_version
         emit(log, "relay.holds", shard=number, outbox=identity.name, token=self._token, epoch=position.epoch)
 
-    def _refuse_other_cluster(self, position: Position, identity: Identity) -> None:
-        """Before anything is written: a wrong database must not even take the token."""
-        if judge(position, self._source.look(position)[0]) is Verdict.OTHER_CLUSTER:
+    def _start(self, identity: Identity, head: Head | None = None) -> Position:
+        """The position of a log that was never published; without a head only good for looking."""
+        if head is None:
+            return positions.start(identity.name, self._number, self._token, 0, None, 0, 0)
+        return positions.start(
+            identity.name, self._number, self._token, head.epoch, identity.system, head.timeline, head.removed_id
+        )
+
+    def _look_from(self, kafka: Log, identity: Identity) -> tuple[Position | None, Head]:
+        """The committed position, if there is one, and the database as it is after that was read.
+
+        In this order: what pruning has removed before the position was lost must be known to whoever starts without.
+        """
+        value = kafka.read_position()
+        found = Position.decode(value) if value is not None else None
+        if found is not None and (found.outbox != identity.name or found.shard != self._number):
+            raise WrongOutboxError(
+                f'The positions topic of "{identity.name}" holds a record of "{found.outbox}", shard {found.shard}, '
+                f"where shard {self._number} was expected.",
+                cure="Somebody else wrote to this topic; see docs/guarantees.md.",
+            )
+        head = self._source.look(found or self._start(identity))[0]
+        if found is not None and judge(found, head) is Verdict.OTHER_CLUSTER:
             raise WrongClusterError(
                 f"The database is another cluster (system identifier {identity.system}) than the one that "
-                f'"{identity.name}" was published from ({position.system}): a copy, or a wrong database URL.',
+                f'"{identity.name}" was published from ({found.system}): a copy, or a wrong database URL.',
                 cure="Correct OUTBOX_DATABASE_URL; or, if this copy is to take over for good: outbox adopt.",
             )
+        return found, head
 
     def forget(self, *, database: bool = False) -> None:
         """Give up the hold (or, with `database`, the connection): what was begun is not gone on with.
@@ -251,19 +269,22 @@ class Shard:
         if kafka is not None:
             kafka.discard()
 
-    def _lost(self, kafka: Log, position: Position, fault: Exception) -> None:
-        """A commit that failed, or may have: the hold is given up; another holder's token says that it is lost."""
+    def _lost(self, kafka: Log, fault: Fault, *, former: str | None = None) -> None:
+        """A transaction that failed, or may have: the hold is given up; another holder's token says that it is lost.
+
+        `former`: whose token was there before the own was written, while it may not have been.
+        """
         aborted = isinstance(fault, Aborted)
         emit(log, "relay.aborted" if aborted else "relay.hold_in_doubt", shard=self._number, reason=str(fault))
         self.forget()
+        kafka.discard()
         if aborted:
             return
         value = kafka.read_position()
         holder = Position.decode(value).token if value is not None else None
-        if holder not in {None, self._token}:
+        if holder not in {None, self._token, former}:
             raise FencedError(
-                f'Another relay took over shard {self._number} of "{position.outbox}"; this one stops, having lost '
-                "nothing.",
+                f"Another relay took over shard {self._number} of this outbox; this one stops, having lost nothing.",
                 cure="Run one relay a shard. If this one is to publish, stop the other and start it again.",
             )
 
@@ -313,7 +334,7 @@ class Shard:
         try:
             self._commit(kafka, Part((), (), (), fresh, 0))
         except (Fenced, Unknown, Aborted) as fault:
-            self._lost(kafka, position, fault)
+            self._lost(kafka, fault)
         else:
             self._position = fresh
         return Step(Did.ADOPTED, more=True)

@@ -1,0 +1,303 @@
+"""The relay's own code, moved from one call of its ports to the next.
+
+`outbox.shard.Shard` is deterministic between two calls. So where it is within a step is told by its fields as they were
+at the step's start and by the answers since: it is run again from there, and interrupted at the first call that has no
+answer yet. What the world then answers is one of the things that may happen next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from model.world import SYSTEM, Record
+from outbox.batch import Batch, Entity, Request
+from outbox.config import Config
+from outbox.dead_letter import DeadLetter
+from outbox.entity_type import EntityType
+from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, OutboxError
+from outbox.kafka.faults import Aborted, Fault, Fenced, Unknown
+from outbox.lineage import Head
+from outbox.message import Message
+from outbox.ports import Identity
+from outbox.position import Position
+from outbox.shard import Shard
+
+TYPE = "t"
+TYPES = {TYPE: EntityType(TYPE, "topic")}
+T = TypeVar("T")
+
+
+class Interrupted(BaseException):
+    """The next call of a port; not an `Exception`, so that no handler takes it for a failure."""
+
+    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        super().__init__(name)
+        self.name = name
+        self.arguments = arguments
+
+
+FAULTS: Mapping[str, type[Fault]] = {"fenced": Fenced, "unknown": Unknown, "aborted": Aborted}
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """A shard's fields between two steps. `producer`: its own name while it has a producer, else None."""
+
+    token: str
+    number: int = 0
+    producer: str | None = None
+    position: Position | None = None
+    dead: tuple[tuple[Entity, int], ...] = ()
+    ahead: Batch | None = None
+    inherited: bool = False
+    generation: int | None = None
+    over: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One relay: its fields at the step's start, the answers since, and the call that waits for one.
+
+    `key` tells two holders apart as far as what they may do is concerned.
+    """
+
+    fields: Fields
+    answers: tuple[Any, ...] = ()
+    call: str = ""
+    arguments: tuple[Any, ...] = ()
+    key: str = ""
+    idle: bool = False
+
+    @property
+    def over(self) -> str:
+        """Why it has ended; empty while it runs."""
+        return self.fields.over
+
+
+def start(token: str, number: int, *, batch_rows: int) -> Holder:
+    """A relay that has just been started."""
+    return _run(Fields(token, number), (), batch_rows=batch_rows)
+
+
+def answer(holder: Holder, given: Any, *, batch_rows: int) -> Holder:
+    """Give the call that waits its answer, and run to the next."""
+    return _run(holder.fields, (*holder.answers, given), batch_rows=batch_rows)
+
+
+def _run(fields: Fields, answers: tuple[Any, ...], *, batch_rows: int) -> Holder:
+    while True:
+        run = _Run(fields, answers)
+        shard = run.shard(batch_rows)
+        idle = False
+        try:
+            step = shard.step()
+            idle = not step.more
+        except Interrupted as call:
+            return Holder(fields, answers, call.name, call.arguments, repr((fields, answers)))
+        except DatabaseUnavailableError:
+            shard.forget(database=True)
+        except BrokerUnavailableError:
+            shard.forget()
+        except OutboxError as error:
+            return Holder(replace(fields, over=type(error).__name__), (), "", (), f"over {fields.token} {error}")
+        after = run.fields(shard)
+        if idle and after == fields:
+            # As it was: whatever it does next, it has done before.
+            return replace(_run_first(after, batch_rows), idle=True)
+        fields, answers = after, ()
+
+
+def _run_first(fields: Fields, batch_rows: int) -> Holder:
+    run = _Run(fields, ())
+    try:
+        run.shard(batch_rows).step()
+    except Interrupted as call:
+        return Holder(fields, (), call.name, call.arguments, repr((fields, ())))
+    raise AssertionError("a step without a call")
+
+
+class _Run:
+    """One run of a step: the ports, which replay the answers and interrupt at the call that has none."""
+
+    def __init__(self, fields: Fields, answers: Sequence[Any]) -> None:
+        self._fields = fields
+        self._answers = answers
+        self._used = 0
+        self._interrupted = False
+        self.source = _Source(self, fields.generation)
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """The answer to a call: a value, or what is raised."""
+        if self._interrupted:
+            return None  # a handler that cleans up on the way out
+        if self._used == len(self._answers):
+            self._interrupted = True
+            raise Interrupted(name, arguments)
+        given = self._answers[self._used]
+        self._used += 1
+        if given == "database":
+            self.source.generation = None
+            raise DatabaseUnavailableError("as the model has it")
+        if given == "kafka":
+            raise BrokerUnavailableError("as the model has it")
+        if isinstance(given, str) and given in FAULTS:
+            error: Any = SimpleNamespace(name=lambda: "MODEL", str=lambda: "as the model has it")
+            raise FAULTS[given](error)
+        return given
+
+    def shard(self, batch_rows: int) -> Shard:
+        """The shard as it was at the step's start."""
+        fields = self._fields
+        made = Shard(
+            Config(shard=fields.number, batch_rows=batch_rows),
+            self.source,
+            lambda name, shard, stop: _Log(self, None),
+            lambda expected_epoch, positions, from_system: self.ask("adopt", expected_epoch, tuple(positions)),
+            stop=lambda: False,
+            read_ahead=_AtOnce(),
+            now_ms=lambda: 0,
+            token=fields.token,
+        )
+        made._kafka = _Log(self, fields.producer) if fields.producer is not None else None
+        made._position = fields.position
+        made._dead = dict(fields.dead)
+        made._inherited = fields.inherited
+        made._types_seen = 1
+        if fields.ahead is not None:
+            made._ahead = Future()
+            made._ahead.set_result(fields.ahead)
+        return made
+
+    def fields(self, shard: Shard) -> Fields:
+        """The shard's fields at the end of a step."""
+        log = shard._kafka
+        ahead = shard._ahead
+        return Fields(
+            self._fields.token,
+            self._fields.number,
+            log.producer if isinstance(log, _Log) else None,
+            shard._position,
+            tuple(sorted(shard._dead.items())),
+            ahead.result() if ahead is not None and ahead.exception() is None else None,
+            shard._inherited,
+            self.source.generation,
+        )
+
+
+class _AtOnce(Executor):
+    """Reads ahead at once: before the commit that it is meant to overlap."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class _Source:
+    """The outbox's database, as `outbox.ports.Source` has it."""
+
+    def __init__(self, run: _Run, generation: int | None) -> None:
+        self._run = run
+        self.generation = generation
+
+    @property
+    def connected(self) -> bool:
+        return self.generation is not None
+
+    @property
+    def identity(self) -> Identity | None:
+        return Identity("m", 1, True, 1e9, SYSTEM)
+
+    def open(self) -> Identity:
+        self.generation = self._run.ask("open")
+        return Identity("m", 1, True, 1e9, SYSTEM)
+
+    def close(self) -> None:
+        self.generation = None
+
+    def read(self, position: Position, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]]) -> Batch:
+        batch: Batch = self._run.ask("read", position, wanted, self.generation)
+        return batch
+
+    def look(self, position: Position) -> tuple[Head, Mapping[str, EntityType]]:
+        return self._run.ask("look", position, self.generation), TYPES
+
+    def wait_flushed(self, lsn: str) -> None:
+        self._run.ask("wait_flushed", lsn, self.generation)
+
+    def report(self, request: int, outcome: Mapping[str, Any]) -> None:
+        self._run.ask("report", request, self.generation)
+
+    def show(self, state: str) -> None:
+        """Nobody looks."""
+
+
+class _Log:
+    """A shard's topics and producer, as `outbox.ports.Log` has it."""
+
+    limits: Mapping[str, int] = {"topic": 1_000_000}
+
+    def __init__(self, run: _Run, producer: str | None) -> None:
+        self._run = run
+        self.producer = producer
+        self.in_transaction = False
+        self._records: list[Record] = []
+        self._letters: dict[Entity, int | None] = {}
+        self._position: bytes | None = None
+
+    def check(self, types: Mapping[str, EntityType], *, shards: int) -> None:
+        """The topics are as they should be."""
+
+    def take(self) -> None:
+        self.producer = self._run.ask("take")
+
+    def renew(self) -> None:
+        self.take()
+
+    def read_position(self) -> bytes | None:
+        found: bytes = self._run.ask("read_position")
+        return found or None
+
+    def read_all_positions(self) -> list[bytes | None]:
+        return list(self._run.ask("read_all_positions"))
+
+    def read_dead_letters(self) -> list[DeadLetter]:
+        found = self._run.ask("read_dead_letters") or ()
+        return [DeadLetter(number, of, key, "topic", "", "", 0, 1, 0) for (of, key), number in found]
+
+    def begin(self) -> None:
+        self.in_transaction = True
+        self._records, self._letters, self._position = [], {}, None
+
+    def send_all(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            version, timeline = (message.value or b"0 0").split()
+            value = int(version), int(timeline)
+            self._records.append(Record(message.key.decode(), message.entry[0], value, 0))
+
+    def send_dead_letter(self, letter: DeadLetter) -> None:
+        self._letters[letter.type, letter.key] = letter.id
+
+    def clear_dead_letter(self, type_name: str, key: str) -> None:
+        self._letters[type_name, key] = None
+
+    def send_position(self, value: bytes) -> None:
+        self._position = value
+
+    def commit(self) -> None:
+        letters = tuple(sorted(self._letters.items(), key=str))
+        self._run.ask("commit", self.producer, tuple(self._records), letters, self._position)
+        self.in_transaction = False
+
+    def discard(self) -> None:
+        self.in_transaction = False
+
+    def close(self) -> None:
+        self.discard()
