@@ -11,7 +11,7 @@ from psycopg import sql as psycopg_sql
 
 from outbox import sql
 from outbox.config import Config
-from outbox.database import connect, place, translated
+from outbox.database import connect_as, place, translated
 from outbox.errors import DatabaseUnavailableError
 from outbox.position import Position, floor_of
 from outbox.telemetry import emit
@@ -32,7 +32,7 @@ def adopt_log(config: Config, *, expected_epoch: int, positions: Sequence[Positi
     floor = floor_of(positions)
     least_epoch = max((p.epoch for p in positions), default=0) + 1
     query = sql.load("relay")["adopt"].replace("{schema}", psycopg_sql.Identifier(config.schema).as_string(None))
-    with connect(config.database_url, application_name="outbox-adopt", statement_timeout=0) as connection:
+    with connect_as(config, "outbox-adopt", statement_timeout=0) as connection:
         for attempt in range(1, config.lock_tries + 1):
             try:
                 with translated(where), connection.transaction():

@@ -44,6 +44,18 @@ def _text(value: Any) -> str:
     return value.strip()
 
 
+_SERVER = re.compile(
+    r"((PLAINTEXT|SSL|SASL_PLAINTEXT|SASL_SSL)://)?(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?", re.IGNORECASE
+)
+
+
+def _servers(value: Any) -> str:
+    servers = [server.strip() for server in value.split(",")] if isinstance(value, str) else []
+    if not servers or not all(_SERVER.fullmatch(server) for server in servers):
+        raise ValueError("host:port, several with commas between")
+    return ",".join(servers)
+
+
 def _whole(least: int, most: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         try:
@@ -72,9 +84,10 @@ def _seconds(least: float, most: float) -> Callable[[Any], float]:
 
 def _one_of(*words: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
-        if value not in words:
+        word = str(value).strip().lower()
+        if word not in words:
             raise ValueError("one of " + ", ".join(words))
-        return str(value)
+        return word
 
     return read
 
@@ -107,7 +120,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "database_url", "The owning service's database: a libpq URL, or postgresql+psycopg://.", _text, secret=True
     ),
-    Setting("kafka_bootstrap_servers", "Kafka's first brokers, host:port with commas.", _text),
+    Setting("kafka_bootstrap_servers", "Kafka's first brokers, host:port with commas.", _servers),
     Setting("schema", "The schema that holds the outbox.", _text),
     Setting("name", "What the outbox must be named. Checked, never set: the name is made with the outbox.", _text),
     Setting("shard", "Which shard this relay publishes.", _whole(0, 1023)),
@@ -259,7 +272,7 @@ def _put(values: dict[str, Any], sources: dict[str, str], name: str, value: obje
     try:
         values[name] = setting.read(value)
     except ValueError as error:
-        shown = "" if setting.secret else f" {value!r}"
+        shown = "" if setting.secret or "@" in str(value) else f" {value!r}"
         raise ConfigError(
             f"The setting {name}{shown} ({source}) cannot be used.", cure=f"It must be {error}."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from psycopg import errors as pg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
+from outbox.config import Config, mask_url
 from outbox.errors import (
     ConfigError,
     DatabaseError,
@@ -19,6 +21,9 @@ from outbox.errors import (
     SchemaError,
     UnsuitableServerError,
 )
+
+# What libpq says of a parameter before it has tried to connect.
+_UNUSABLE = re.compile(r"invalid (\w+ value|port number|integer value|connection option)|root certificate file")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -52,10 +57,20 @@ def place(url: str) -> str:
         parts = conninfo_to_dict(libpq_url(url))
     except psycopg.ProgrammingError as error:
         raise ConfigError(
-            "The database URL cannot be read.",
+            f"The database URL cannot be read: {mask_url(str(error).strip())}.",
             cure="It looks like postgresql://user:password@host:5432/database; set OUTBOX_DATABASE_URL.",
         ) from error
     return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
+
+
+def connect_as(config: Config, application_name: str, *, statement_timeout: float | None = None) -> Connection:
+    """Connect as the settings say; `statement_timeout` in seconds goes over theirs (0: none)."""
+    return connect(
+        config.database_url,
+        application_name=application_name,
+        connect_timeout=config.connect_timeout,
+        statement_timeout=config.statement_timeout if statement_timeout is None else statement_timeout,
+    )
 
 
 def connect(
@@ -131,27 +146,37 @@ def translate(error: psycopg.Error, where: str) -> OutboxError:
                 cure="Look for what holds it up: SELECT * FROM pg_stat_activity WHERE wait_event_type = 'Lock'.",
             )
         case psycopg.OperationalError() | psycopg.InterfaceError():
-            if "password" in said or "authentication" in said or "no pg_hba.conf entry" in said:
-                return DatabaseError(
-                    f"PostgreSQL at {where} refused the login: {_last(error)}.",
-                    cure="Check the user and the password in OUTBOX_DATABASE_URL.",
-                )
-            if 'database "' in str(error) and "does not exist" in str(error):
-                return DatabaseError(
-                    f"PostgreSQL at {where} has no such database: {_last(error)}.",
-                    cure="Check the database's name in OUTBOX_DATABASE_URL, or create it.",
-                )
-            if 'role "' in str(error) and "does not exist" in str(error):
-                return DatabaseError(
-                    f"PostgreSQL at {where} refused the login: {_last(error)}.",
-                    cure="Check the user in OUTBOX_DATABASE_URL.",
-                )
-            return DatabaseUnavailableError(
-                f"PostgreSQL at {where} cannot be reached: {_last(error)}.",
-                cure="Check that it runs and that OUTBOX_DATABASE_URL points at it.",
-            )
+            return _not_connected(error, where)
         case _:
             return DatabaseError(f"PostgreSQL at {where} answered with an error: {said} ({error.sqlstate}).")
+
+
+def _not_connected(error: psycopg.Error, where: str) -> OutboxError:
+    """What libpq says, without a code: the words tell whether trying again may help."""
+    if _UNUSABLE.search(str(error)):
+        return ConfigError(
+            f"The database URL (of {where}) cannot be used: {_last(error)}.",
+            cure="Correct OUTBOX_DATABASE_URL; the parameters are libpq's.",
+        )
+    if any(word in str(error) for word in ("password", "authentication", "no pg_hba.conf entry")):
+        return DatabaseError(
+            f"PostgreSQL at {where} refused the login: {_last(error)}.",
+            cure="Check the user and the password in OUTBOX_DATABASE_URL.",
+        )
+    if 'database "' in str(error) and "does not exist" in str(error):
+        return DatabaseError(
+            f"PostgreSQL at {where} has no such database: {_last(error)}.",
+            cure="Check the database's name in OUTBOX_DATABASE_URL, or create it.",
+        )
+    if 'role "' in str(error) and "does not exist" in str(error):
+        return DatabaseError(
+            f"PostgreSQL at {where} refused the login: {_last(error)}.",
+            cure="Check the user in OUTBOX_DATABASE_URL.",
+        )
+    return DatabaseUnavailableError(
+        f"PostgreSQL at {where} cannot be reached: {_last(error)}.",
+        cure="Check that it runs and that OUTBOX_DATABASE_URL points at it.",
+    )
 
 
 def _last(error: psycopg.Error) -> str:

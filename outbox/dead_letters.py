@@ -33,8 +33,12 @@ def request(
 def wait_for(
     connection: Connection, schema: str, request_id: int, shards: int, *, seconds: float, on_wait: Callable[[], None]
 ) -> dict[int, Any] | None:
-    """Wait until every shard has said what became of a request; by shard, or None when the time is over."""
+    """Wait until every shard has said what became of a request; by shard, or None when the time is over.
+
+    `on_wait` is called once, if it takes longer than a moment.
+    """
     deadline = time.monotonic() + seconds
+    moment: float | None = time.monotonic() + 1
     while True:
         rows = connection.execute(
             f"SELECT shard, outcome FROM {quote(schema)}.request_outcomes WHERE request = %s".encode(), [request_id]
@@ -43,5 +47,7 @@ def wait_for(
             return {row[0]: row[1] for row in rows}
         if time.monotonic() > deadline:
             return None
-        on_wait()
+        if moment is not None and time.monotonic() > moment:
+            on_wait()
+            moment = None
         time.sleep(0.1)

@@ -145,6 +145,18 @@ class UnsuitableServerError(RelayError):
     exit_code = 78
 
 
+class NotCaughtUpError(RelayError):
+    """The time that `relay --until-caught-up` was given is over."""
+
+    exit_code = 69
+
+
+class NoRelayError(RelayError):
+    """A request is written, but no relay has done it in time."""
+
+    exit_code = 69
+
+
 class TooManyDeadLettersError(RelayError):
     """So many keys are dead-lettered that the cause is likely not the entries."""
 

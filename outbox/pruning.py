@@ -11,7 +11,7 @@ from psycopg import errors as pg
 from psycopg import sql as psycopg_sql
 
 from outbox.config import Config
-from outbox.database import Connection, connect, place, translate, translated
+from outbox.database import Connection, connect_as, place, translate, translated
 from outbox.position import Position
 from outbox.schema import quote
 
@@ -46,7 +46,7 @@ def prune_ring(config: Config, positions: Sequence[Position], *, dry_run: bool =
     where = place(config.database_url)
     known = orjson.dumps([position.for_prune() for position in positions]).decode()
     schema = quote(config.schema)
-    with connect(config.database_url, application_name="outbox-prune") as connection:
+    with connect_as(config, "outbox-prune") as connection:
         with translated(where):
             row = connection.execute(f"SELECT slots FROM {schema}.settings".encode()).fetchone()
         for slot in range(row[0] if row else 0):

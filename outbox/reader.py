@@ -21,7 +21,7 @@ from psycopg.types.json import set_json_loads
 from outbox import sql
 from outbox.batch import Batch, Entity, Request
 from outbox.config import Config
-from outbox.database import Connection, connect, place, translated
+from outbox.database import Connection, connect_as, place, translated
 from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.errors import RelayError, SchemaError, UnsuitableServerError, WrongOutboxError
@@ -67,11 +67,7 @@ class Reader:
     def open(self) -> Identity:
         """Connect and check that this server can be published from."""
         self.close()
-        connection = connect(
-            self._config.database_url,
-            application_name=self._application_name("connecting"),
-            statement_timeout=self._config.statement_timeout,
-        )
+        connection = connect_as(self._config, self._application_name("connecting"))
         try:
             with translated(self._where):
                 identity = self._identify(connection)

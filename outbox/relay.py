@@ -9,7 +9,7 @@ from functools import partial
 
 from outbox.adoption import adopt_log
 from outbox.config import Config
-from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, OutboxError
+from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, NotCaughtUpError, OutboxError
 from outbox.kafka.shard_log import ShardLog
 from outbox.pruning import prune_ring
 from outbox.reader import Reader
@@ -38,15 +38,17 @@ class Relay:
         self._waiting_for: str | None = None
         self._tries = 0
         self._next_prune = 0.0
+        self._deadline: float | None = None
         self.done = Step(Did.NOTHING)
 
-    def run(self, *, until_caught_up: bool = False) -> Step:
+    def run(self, *, until_caught_up: bool = False, timeout: float | None = None) -> Step:
         """Step until stopped, or until all that was committed at the start is published; the last step.
 
         Returns having left nothing half-done. Servers that are away are waited for. Raises the errors of
-        `outbox.errors` that a person must act upon.
+        `outbox.errors` that a person must act upon, and `NotCaughtUpError` when it takes longer than `timeout` seconds.
         """
         last = Step(Did.NOTHING)
+        self._deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while not self._wake.is_set:
                 try:
@@ -62,6 +64,7 @@ class Relay:
                             break
                     elif not last.more:
                         self._sleep()
+                    self._check_time(f"{self.done.entries} entries were published")
                 except (DatabaseUnavailableError, BrokerUnavailableError) as error:
                     self._wait_for(error)
         except OutboxError as error:
@@ -80,6 +83,13 @@ class Relay:
             dead=self.done.dead + step.dead,
         )
 
+    def _check_time(self, what: str) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise NotCaughtUpError(
+                f"The time is over and the relay has not caught up: {what}.",
+                cure="Nothing is lost: the next run goes on from there. See outbox status.",
+            )
+
     # -- servers that are away ---------------------------------------------------------------------------------
 
     def _wait_for(self, error: DatabaseUnavailableError | BrokerUnavailableError) -> None:
@@ -88,6 +98,7 @@ class Relay:
         self._shard.forget(database=database)
         if self._wake.is_set:
             return
+        self._check_time(error.message.rstrip("."))
         what = "database" if database else "kafka"
         if self._waiting_for != what:
             emit(log, "relay.waiting", shard=self._config.shard, what=what, error=error.message, cure=error.cure)

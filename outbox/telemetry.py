@@ -61,7 +61,8 @@ EVENTS: Mapping[str, Event] = {
     ),
     "relay.lost_tail": Event(
         logging.ERROR,
-        "{error} The log is adopted: what is retained is published again under new ids. Reconcile every type.",
+        "{error} The log is adopted: what is retained is published again under new ids. Compare the topics with the "
+        "tables.",
         "A fail-over or a restore lost entries that were published.",
     ),
     "relay.adopted": Event(logging.WARNING, "the log was adopted: epoch {epoch}", "Counts one adoption."),
@@ -73,13 +74,17 @@ EVENTS: Mapping[str, Event] = {
     "relay.timeline": Event(
         logging.WARNING,
         "the database went from timeline {before} to {now} with the anchor in place; an entry below it may be lost: "
-        "reconcile proves it",
+        "compare the topics with the tables",
         "A fail-over that lost nothing that shows.",
     ),
     "relay.pruned": Event(
         logging.INFO, "pruned slot {slot}: {entries} entries", "A slot of the ring was emptied by the relay."
     ),
-    "relay.stopped": Event(logging.INFO, "stopped; nothing is left half-done", "The relay ended in order."),
+    "relay.stopped": Event(
+        logging.INFO,
+        "stopped, nothing is left half-done; published {entries} entries as {records} records ({dead} dead letters)",
+        "The relay ended in order. The numbers are those of this process.",
+    ),
     "adoption.locked_out": Event(
         logging.WARNING,
         "adoption waits for {blockers} writer(s), try {attempt} of {tries}",

@@ -60,6 +60,16 @@ _FIXED: Mapping[str, str] = {
 }
 
 
+def positions_topic(name: str) -> str:
+    """The topic of an outbox's positions: one partition a shard."""
+    return f"{name}.outbox.positions"
+
+
+def dead_letters_topic(name: str) -> str:
+    """The topic of an outbox's dead letters: one partition a shard."""
+    return f"{name}.outbox.dead-letters"
+
+
 @dataclass(frozen=True, slots=True)
 class TopicSpec:
     """A topic as it should be. `settings` are those that are declared; the others are the broker's affair."""
@@ -177,7 +187,10 @@ def plan(specs: Iterable[TopicSpec], actual: Mapping[str, TopicState]) -> list[A
             text = ", ".join(f"{name} is {is_}, should be {should}" for name, (is_, should) in drift.items())
             actions.append(Action("change", spec.name, text, spec, drift))
         if state.partitions < spec.partitions:
-            text = f"{state.partitions} partition(s), should be {spec.partitions}: keys would move to other partitions"
+            text = (
+                f"{state.partitions} partition(s), should be {spec.partitions}: keys would move to other partitions; "
+                "--grow does it"
+            )
             actions.append(Action("grow", spec.name, text, spec))
         if state.partitions > spec.partitions:
             text = f"{state.partitions} partitions, should be {spec.partitions}: Kafka never takes partitions away"
@@ -201,7 +214,13 @@ def refusals(
 ) -> None:
     """What a relay must not publish to; `TopicError` with the command that mends it."""
     wanted = {positions: "positions", dead_letters: "dead letters"}
-    wanted |= {t.topic: f"entity type {t.name}" for t in types.values()}
+    for t in types.values():
+        if t.topic in wanted:
+            raise TopicError(
+                f'The entity type "{t.name}" has the topic {t.topic}, which is that of the {wanted[t.topic]}.',
+                cure=f"Give it one of its own: outbox types change {t.name} --topic TOPIC.",
+            )
+        wanted[t.topic] = f"entity type {t.name}"
     for name, purpose in wanted.items():
         state = actual.get(name)
         if state is None:

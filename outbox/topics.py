@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from outbox.config import Config
 from outbox.entity_type import EntityType
 from outbox.kafka.admin import Admin
-from outbox.kafka.names import dead_letters_topic, positions_topic
-from outbox.topic import Action, TopicSpec, declared, plan
+from outbox.topic import Action, TopicSpec, dead_letters_topic, declared, plan, positions_topic
 
 
 def specs(config: Config, *, name: str, shards: int, types: Iterable[EntityType]) -> list[TopicSpec]:

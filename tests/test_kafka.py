@@ -302,7 +302,7 @@ def test_without_the_extra_the_error_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 78
-    assert "pip install 'outbox-publisher[relay]'" in done.stderr, done.stderr
+    assert "pip install '.[relay]'" in done.stderr, done.stderr
 
 
 def _incompressible(size: int) -> bytes:

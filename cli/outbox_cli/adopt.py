@@ -15,7 +15,8 @@ def command(settings: Settings, yes: bool, as_json: bool) -> None:
     """Make the retained log new: every entry gets a new id and is published again.
 
     For a copy (dump and load) that takes over, a restored database, or a relay that stopped at a lost tail. Writers
-    wait meanwhile. Duplicates of states, never a loss of what the database holds; reconcile afterwards.
+    wait meanwhile. Duplicates of states, never a loss of what the database holds; compare topics and tables
+    afterwards.
     """
     config = settings.needs_kafka()
     settings.needs_database()

@@ -10,7 +10,7 @@ import click
 from outbox.config import Config
 from outbox.database import Connection
 from outbox.entity_types import read_types
-from outbox.errors import RelayError, UnknownTypeError
+from outbox.errors import NoRelayError, UnknownTypeError
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Settings,
@@ -23,7 +23,7 @@ from outbox_cli.settings import (
 )
 
 
-@click.group("dead-letters")
+@click.group("dead-letters", epilog="Example: outbox dead-letters list")
 def command() -> None:
     """List, retry or drop what could not be published."""
 
@@ -99,7 +99,6 @@ def _ask(
         raise click.UsageError("Say which: --type TYPE, with --key KEY if only some; or --all.")
     if everything and (type_name is not None or keys):
         raise click.UsageError("--all goes without --type and --key.")
-    settings.needs_kafka()
     from outbox.dead_letters import request, wait_for
 
     with settings.connect() as connection:
@@ -107,13 +106,17 @@ def _ask(
         if kind == "drop":
             confirm("Forget these dead letters? Their states are not published.", yes=yes)
         name, shards = outbox_row(connection, schema)
-        _check_type(connection, settings.config, name, type_name)
+        if type_name is not None and type_name not in {t.name for t in read_types(connection, schema)}:
+            _check_type(connection, settings.needs_kafka(), name, type_name)
         number = request(connection, schema, kind, type_name=type_name, keys=keys)
         # A sleeping relay is woken as by a writer.
         connection.execute("SELECT pg_notify(%s, '')", [schema])
-        outcomes = wait_for(connection, schema, number, shards, seconds=timeout, on_wait=lambda: None)
+        said = f"waiting for the relay, up to {timeout:g} s (request {number}) ..."
+        outcomes = wait_for(
+            connection, schema, number, shards, seconds=timeout, on_wait=lambda: click.echo(said, err=True)
+        )
     if outcomes is None:
-        raise RelayError(
+        raise NoRelayError(
             f"Request {number} is written, but no relay has done it in {timeout:g} s.",
             cure="It will be done when a relay runs: outbox relay. See outbox status.",
         )
@@ -136,7 +139,13 @@ _TYPE = click.option("--type", "type_name", type=ENTITY_TYPE, metavar="TYPE", he
 _KEY = click.option("--key", "keys", multiple=True, help="Only of these entities.")
 _ALL = click.option("--all", "everything", is_flag=True, help="All of them.")
 _YES = click.option("--yes", is_flag=True, help="Do not ask.")
-_TIMEOUT = click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for the relay.")
+_TIMEOUT = click.option(
+    "--timeout",
+    type=click.FloatRange(0, 86_400),
+    default=30.0,
+    show_default=True,
+    help="Seconds to wait for the relay.",
+)
 
 
 @command.command(epilog="Example: outbox dead-letters retry --type customer --key 42")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -68,7 +70,9 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Example: outbox status --json. Exit codes are in docs/cli.md.",
+    epilog="Example: outbox status --json. Exit codes: 0 done, 1 a difference is left, 2 not understood, 65 entry "
+    "refused, 69 a server is away, 70 a mistake of ours, 75 another relay took over, 76 a person must decide, "
+    "77 denied, 78 settings.",
 )
 @click.version_option(__version__, prog_name="outbox")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -81,9 +85,11 @@ def cli(ctx: click.Context, /, debug: bool, **flags: Any) -> None:
 
 def main() -> None:
     """Run the command line; every error comes out as sentences with an exit code."""
+    _open_closed_streams()
     debug = "--debug" in sys.argv
     as_json = "--json" in sys.argv
     try:
+        _check_arguments()
         code = cli.main(prog_name="outbox", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("stopped", err=True)
@@ -116,16 +122,40 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _open_closed_streams() -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Whoever started us has closed it: nothing to read, and nobody who listens.
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))
+
+
+def _check_arguments() -> None:
+    for argument in sys.argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raw = argument.encode(errors="surrogateescape")
+            raise click.UsageError(f"An argument is not valid UTF-8: {raw!r}.") from error
+
+
 class Unexpected(OutboxError):  # noqa: N818  it wraps an error of any kind for the one who reads the terminal
     """A mistake of this program."""
 
     exit_code = 70
 
 
+class NotWritten(OutboxError):  # noqa: N818  as above
+    """Nobody can read what was to be printed."""
+
+    exit_code = 74
+
+
 def _known(error: Exception) -> OutboxError | None:
     """The error in the project's words; None for a mistake of this program."""
     if isinstance(error, OutboxError):
         return error
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return NotWritten(f"The output cannot be written: {error.strerror}.", cure="Make room where it goes to.")
     from psycopg import Error
 
     if isinstance(error, Error):

@@ -28,7 +28,12 @@ def command(settings: Settings, dry_run: bool, as_json: bool) -> None:
         print_json({"dry_run": dry_run, "slots": [asdict(result) for result in results]})
         return
     rows: list[tuple[object, ...]] = [
-        (r.slot, ("would be pruned" if dry_run else "pruned") if r.pruned else "kept", r.entries, r.reason or "")
+        (
+            r.slot,
+            ("would be pruned" if dry_run else "pruned") if r.pruned else "kept",
+            r.entries if r.pruned else None,
+            r.reason or "",
+        )
         for r in results
     ]
     click.echo(table(("SLOT", "", "ENTRIES", "REASON"), rows))

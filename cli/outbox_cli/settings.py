@@ -14,7 +14,7 @@ import orjson
 from click.shell_completion import CompletionItem
 
 from outbox.config import FILE_NAME, Config, Resolved, resolve
-from outbox.database import Connection, connect, place, translated
+from outbox.database import Connection, connect, connect_as, place, translated
 from outbox.errors import ConfigError, OutboxError, WrongOutboxError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,7 +85,8 @@ class Settings:
         except ImportError as error:
             raise ConfigError(
                 "This command talks to Kafka, whose client is not installed.",
-                cure="pip install 'outbox-publisher[relay]'",
+                cure="Install the extra `relay` too: pip install '.[relay]' in a checkout, or outbox-publisher[relay] "
+                "from where this package came from.",
             ) from error
         if not self.config.kafka_bootstrap_servers:
             raise ConfigError(
@@ -98,11 +99,7 @@ class Settings:
         from outbox import schema
 
         config = self.needs_database()
-        connection = connect(
-            config.database_url,
-            connect_timeout=config.connect_timeout,
-            statement_timeout=config.statement_timeout,
-        )
+        connection = connect_as(config, "outbox")
         try:
             with translated(place(config.database_url)):
                 schema.require(connection, config.schema)
@@ -184,14 +181,14 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask on a terminal; elsewhere the answer must be given beforehand."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise click.UsageError("There is no terminal to ask on; give --yes to say that you mean it.")
     click.confirm(question, abort=True)
 
 
 def table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     """Rows under headings, as aligned text; numbers to the right."""
-    cells = [headings, *[tuple("" if cell is None else str(cell) for cell in row) for row in rows]]
+    cells = [headings, *[tuple("" if cell is None else printable(cell) for cell in row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
     numeric = [
         all(isinstance(row[column], int | float) for row in rows) and bool(rows) for column in range(len(widths))
@@ -203,6 +200,11 @@ def table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
         ).rstrip()
         for row in cells
     )
+
+
+def printable(value: object) -> str:
+    """A value as a terminal may be given it: control characters are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def fail(code: int) -> NoReturn:
@@ -219,6 +221,7 @@ __all__ = [
     "json_option",
     "outbox_row",
     "print_json",
+    "printable",
     "table",
     "with_settings",
 ]

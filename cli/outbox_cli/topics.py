@@ -11,7 +11,7 @@ from outbox.topic import Action
 from outbox_cli.settings import Settings, confirm, fail, json_option, outbox_row, print_json, with_settings
 
 
-@click.group("topics")
+@click.group("topics", epilog="Example: outbox topics plan")
 def command() -> None:
     """Compare the topics with what the entity types declare, and mend them."""
 

@@ -12,13 +12,13 @@ from psycopg.types.json import Jsonb
 from outbox.database import Connection
 from outbox.errors import ConfigError, UnknownTypeError
 from outbox.schema import quote
-from outbox.topic import check_settings
-from outbox_cli.settings import ENTITY_TYPE, Settings, confirm, json_option, print_json, table, with_settings
+from outbox.topic import check_settings, dead_letters_topic, positions_topic
+from outbox_cli.settings import ENTITY_TYPE, Settings, confirm, json_option, print_json, printable, table, with_settings
 
 _ADVICE = "In a service with Alembic write it into a migration instead: outbox revision --add-type NAME --topic TOPIC."
 
 
-@click.group("types")
+@click.group("types", epilog="Example: outbox types list")
 def command() -> None:
     """List, add, change or remove entity types."""
 
@@ -37,6 +37,9 @@ def list_(settings: Settings, as_json: bool) -> None:
         names = ("name", "topic", "topic_settings", "collapse", "max_bytes", "source")
         print_json([dict(zip(names, row, strict=True)) for row in rows])
         return
+    if not rows:
+        click.echo("There are no entity types. Add one: outbox types add NAME --topic TOPIC.")
+        return
     shown = [(r[0], r[1], "yes" if r[3] else "no", r[4], orjson.dumps(r[2]).decode() if r[2] else "") for r in rows]
     click.echo(table(("TYPE", "TOPIC", "COLLAPSE", "MAX BYTES", "TOPIC SETTINGS"), shown))
 
@@ -48,7 +51,7 @@ def _options(function: Any) -> Any:
             click.option("--max-bytes", type=click.IntRange(1, 100_000_000), help="Greatest size of a state."),
             click.option("--partitions", type=click.IntRange(1, 100_000), help="Partitions of the topic; default 8."),
             click.option("--topic-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the topic."),
-            click.option("--source", help="SELECT key, state FROM ...; for backfill, replay and reconcile."),
+            click.option("--source", help="A query of all keys and states; kept for later use."),
         )
     ):
         function = option(function)
@@ -89,11 +92,15 @@ def add(
     import psycopg.errors
 
     extra = _topic_settings(type_name, topic_setting, partitions)
-    if not 1 <= len(type_name.encode()) <= 200:
-        raise ConfigError(f'"{type_name[:50]}" cannot be the name of an entity type.', cure="Use 1 to 200 bytes.")
+    if not 1 <= len(type_name.encode()) <= 200 or not type_name.isprintable():
+        raise ConfigError(
+            f'"{printable(type_name[:50])}" cannot be the name of an entity type.',
+            cure="Use 1 to 200 bytes, without control characters.",
+        )
     with settings.connect() as connection:
         s = quote(settings.config.schema)
         _check_topic(connection, s, type_name, topic)
+        _check_source(connection, type_name, source)
         try:
             connection.execute(
                 f"INSERT INTO {s}.entity_types (name, topic, topic_settings, collapse, max_bytes, source) "
@@ -131,7 +138,10 @@ def change(
 ) -> None:
     """Change an entity type; what is not named stays."""
     extra = _topic_settings(type_name, topic_setting, partitions)
+    if not extra and all(given is None for given in (topic, collapse, max_bytes, source)):
+        raise click.UsageError("Say what is to change: see outbox types change --help.")
     with settings.connect() as connection:
+        _check_source(connection, type_name, source)
         if topic is not None:
             _check_topic(connection, quote(settings.config.schema), type_name, topic)
         row = connection.execute(
@@ -159,6 +169,16 @@ def remove(settings: Settings, type_name: str, yes: bool, as_json: bool) -> None
     """Remove an entity type; its topic and its entries stay. Entries not yet published are dead-lettered."""
     confirm(f"Remove the entity type {type_name}? What is not published yet will be dead-lettered.", yes=yes)
     with settings.connect() as connection:
+        captured = connection.execute(
+            f"SELECT table_schema, table_name FROM {quote(settings.config.schema)}.captures WHERE type = %s".encode(),
+            [type_name],
+        ).fetchone()
+        if captured is not None:
+            raise ConfigError(
+                f'The entity type "{type_name}" is captured from the table {captured[0]}.{captured[1]}, whose writes '
+                "would fail without it.",
+                cure="End the capture first: op.outbox_release(...) in a migration.",
+            )
         row = connection.execute(
             f"DELETE FROM {quote(settings.config.schema)}.entity_types WHERE name = %s RETURNING topic".encode(),
             [type_name],
@@ -178,11 +198,42 @@ def _check_topic(connection: Connection, schema: str, name: str, topic: str) -> 
             f'"{topic[:260]}" cannot be the name of a topic.',
             cure="A topic's name has letters, digits, dot, underscore and hyphen, at most 249.",
         )
+    (outbox,) = connection.execute(f"SELECT name FROM {schema}.settings".encode()).fetchone() or ("",)
+    if topic in {positions_topic(outbox), dead_letters_topic(outbox)}:
+        raise ConfigError(
+            f"The topic {topic} is the outbox's own: a state in it would destroy a position or a dead letter.",
+            cure="Choose another topic.",
+        )
     taken = connection.execute(f"SELECT name FROM {schema}.entity_types WHERE topic = %s".encode(), [topic]).fetchone()
     if taken is not None and taken[0] != name:
         raise ConfigError(
             f'The topic {topic} already belongs to the entity type "{taken[0]}": the topic says the type.',
             cure="Choose another topic.",
+        )
+
+
+def _check_source(connection: Connection, name: str, source: str | None) -> None:
+    """Refuse a source that is no query, or lacks its columns; it is only looked at, in a read-only transaction."""
+    import psycopg
+
+    if source is None:
+        return
+    try:
+        with connection.transaction(force_rollback=True):
+            connection.execute("SET TRANSACTION READ ONLY")
+            cursor = connection.execute(f"SELECT * FROM (\n{source}\n) AS source LIMIT 0".encode())
+            columns = [column.name for column in cursor.description or ()]
+    except psycopg.Error as error:
+        raise ConfigError(
+            f'The source of the entity type "{name}" is no query that can be read: '
+            f"{error.diag.message_primary or error}.",
+            cure="Give one like: SELECT id::text AS key, to_jsonb(t) AS state FROM customer t.",
+        ) from error
+    if {"key", "state"} - set(columns) or set(columns) - {"key", "state", "headers", "cause"}:
+        raise ConfigError(
+            f'The source of the entity type "{name}" has the columns {", ".join(columns)}.',
+            cure="It needs key and state, and may have headers and cause: "
+            "SELECT id::text AS key, to_jsonb(t) AS state FROM customer t.",
         )
 
 

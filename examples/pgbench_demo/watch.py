@@ -14,8 +14,8 @@ from typing import Self, cast
 import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from outbox.kafka.names import positions_topic
 from outbox.position import Position, Totals
+from outbox.topic import positions_topic
 
 SAMPLE = 200
 """How many records' latencies are looked up at each look: a fair sample, at little cost for the database."""

@@ -19,7 +19,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
 )
 
 from outbox.errors import ConfigError, TopicError
-from outbox.kafka.client import ANSWER_SECONDS, properties
+from outbox.kafka.client import ANSWER_SECONDS, make, metadata
 from outbox.kafka.faults import Fault, error_of, translate, unavailable
 from outbox.topic import TopicState
 
@@ -28,7 +28,7 @@ class Admin:
     """A client that describes and changes topics. Raises the errors of `outbox.errors`."""
 
     def __init__(self, bootstrap: str, passthrough: Mapping[str, str]) -> None:
-        self._client = AdminClient(properties(bootstrap, passthrough))
+        self._client = make(AdminClient, bootstrap, passthrough)
 
     def __enter__(self) -> Self:
         return self
@@ -41,14 +41,14 @@ class Admin:
     def brokers(self) -> int:
         """How many brokers the cluster has."""
         with _translated():
-            return len(self._client.list_topics(timeout=ANSWER_SECONDS).brokers)
+            return len(metadata(self._client).brokers)
 
     def describe(self, names: Collection[str]) -> dict[str, TopicState]:
         """Those of the topics that exist."""
         with _translated():
             # Asking for all does not make one that is missing, whatever the broker's settings.
-            metadata = self._client.list_topics(timeout=ANSWER_SECONDS).topics
-            there = [name for name in names if name in metadata and metadata[name].error is None]
+            topics = metadata(self._client).topics
+            there = [name for name in names if name in topics and topics[name].error is None]
             if not there:
                 return {}
             futures = self._client.describe_configs(
@@ -58,8 +58,8 @@ class Admin:
         return {
             name: TopicState(
                 name=name,
-                partitions=len(metadata[name].partitions),
-                replication_factor=min((len(p.replicas) for p in metadata[name].partitions.values()), default=0),
+                partitions=len(topics[name].partitions),
+                replication_factor=min((len(p.replicas) for p in topics[name].partitions.values()), default=0),
                 settings={key: entry.value for key, entry in configs[name].items() if entry.value is not None},
             )
             for name in there

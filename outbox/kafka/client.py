@@ -1,34 +1,79 @@
-"""What all clients of Kafka share: properties, logs, and the wait for an answer."""
+"""What all clients of Kafka share: how they are made, properties, logs, and the wait for an answer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from confluent_kafka import KafkaError
+from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # not in its __all__
+
+from outbox.errors import ConfigError
+from outbox.kafka.faults import AWAY, error_of
 
 log = logging.getLogger("outbox.kafka")
 
+T = TypeVar("T")
+
 # How long one question may take before it counts as no answer, seconds.
 ANSWER_SECONDS = 10.0
+# A call into the client is made in slices of this many seconds: a signal is served between two of them.
+SLICE_SECONDS = 0.5
 
 
-def properties(bootstrap: str, passthrough: Mapping[str, str]) -> dict[str, Any]:
-    """The properties of any client: what the user passes through, and where the brokers are."""
-    return {
+class _Quiet:
+    """The client's own log lines, as debug: it repeats "connection refused" several times a second.
+
+    What matters comes out of a call too, and is said once, in words of ours.
+    """
+
+    def log(self, _level: int, text: str, *arguments: object) -> None:
+        log.debug(text, *arguments)
+
+
+def make(client: Callable[[dict[str, Any]], T], bootstrap: str, passthrough: Mapping[str, str], **own: Any) -> T:
+    """Make a client: the user's properties, and `own` (a dot is written `__`), which they cannot override.
+
+    Raises `ConfigError` for a property that the client does not know or cannot use.
+    """
+    properties = {
         # A broker that was away is tried again soon; the default backs off to ten seconds.
         "reconnect.backoff.ms": 50,
         "reconnect.backoff.max.ms": 1000,
         "socket.connection.setup.timeout.ms": 5000,
+        "log.connection.close": False,
         **passthrough,
+        **{name.replace("__", "."): value for name, value in own.items()},
         "bootstrap.servers": bootstrap,
         "error_cb": _on_error,
-        "logger": log,
-        "log.connection.close": False,
+        "logger": _Quiet(),
     }
+    try:
+        return client(properties)
+    except KafkaException as exception:
+        error = error_of(exception)
+        if error.code() not in {KafkaError._INVALID_ARG, KafkaError._INVALID_TYPE}:  # noqa: SLF001  librdkafka's local codes are named so
+            raise
+        raise ConfigError(
+            f"The Kafka client cannot be set up so: {error.str()}.",
+            cure="Correct the table [kafka] of outbox.toml (or OUTBOX_KAFKA_BOOTSTRAP_SERVERS).",
+        ) from exception
+
+
+def metadata(client: AdminClient | Consumer, topic: str | None = None) -> ClusterMetadata:
+    """The cluster's brokers and topics (or one topic); `KafkaException` when nobody answers."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return (
+                client.list_topics(topic, timeout=SLICE_SECONDS) if topic else client.list_topics(timeout=SLICE_SECONDS)
+            )
+        except KafkaException as exception:
+            if error_of(exception).code() not in AWAY or time.monotonic() > deadline:
+                raise
 
 
 def _on_error(error: KafkaError) -> None:
-    # What matters comes out of a call too; here it is for whoever looks closer.
     log.debug("%s: %s", error.name(), error.str())

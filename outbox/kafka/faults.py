@@ -31,6 +31,15 @@ class Unknown(Fault):
     """Whether the transaction was committed is not known. The position tells."""
 
 
+AWAY = frozenset(
+    {
+        KafkaError._TIMED_OUT,  # noqa: SLF001  librdkafka's local codes are named so
+        KafkaError._TRANSPORT,  # noqa: SLF001  as above
+        KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001  as above
+    }
+)
+"""What a call says while nobody answers: the next may succeed."""
+
 _FENCED = {
     KafkaError._FENCED,  # noqa: SLF001  librdkafka's local codes are named so
     KafkaError.INVALID_PRODUCER_EPOCH,

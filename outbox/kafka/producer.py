@@ -6,22 +6,14 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaException, Producer
 
 from outbox.errors import BrokerUnavailableError
-from outbox.kafka.client import ANSWER_SECONDS, properties
-from outbox.kafka.faults import error_of, translate, unavailable
+from outbox.kafka.client import ANSWER_SECONDS, SLICE_SECONDS, make
+from outbox.kafka.faults import AWAY, error_of, translate, unavailable
 
-# A call is made in slices of this many seconds, so that a signal is served.
-_SLICE = 0.5
 # How long a commit that was begun may go on after the relay was asked to stop.
 _GRACE = 5.0
-
-_AGAIN = {
-    KafkaError._TIMED_OUT,  # noqa: SLF001  librdkafka's local codes are named so
-    KafkaError._TRANSPORT,  # noqa: SLF001  as above
-    KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001  as above
-}
 
 
 class TransactionalProducer:
@@ -45,24 +37,25 @@ class TransactionalProducer:
         self._stop = stop
         self._timeout = transaction_timeout_ms / 1000
         self.in_transaction = False
-        # The user's properties come first: what carries the guarantee cannot be overridden.
-        self._producer = Producer(
+        self._producer = make(
+            Producer,
+            bootstrap,
             {
-                "linger.ms": 5,
+                "linger.ms": "5",
                 "compression.type": "lz4",
-                "queue.buffering.max.messages": 1_000_000,
-                "queue.buffering.max.kbytes": 65_536,
-                **properties(bootstrap, passthrough),
-                "transactional.id": transactional_id,
-                "transaction.timeout.ms": transaction_timeout_ms,
-                "acks": "all",
-                "enable.idempotence": True,
-                "partitioner": "murmur2_random",
-                "batch.size": batch_size,
-                "message.max.bytes": message_max_bytes,
-                # The transaction ends everything; a record's own limit must not be longer than it.
-                "message.timeout.ms": transaction_timeout_ms,
-            }
+                "queue.buffering.max.messages": "1000000",
+                "queue.buffering.max.kbytes": "65536",
+                **passthrough,
+            },
+            transactional__id=transactional_id,
+            transaction__timeout__ms=transaction_timeout_ms,
+            acks="all",
+            enable__idempotence=True,
+            partitioner="murmur2_random",
+            batch__size=batch_size,
+            message__max__bytes=message_max_bytes,
+            # The transaction ends everything; a record's own limit must not be longer than it.
+            message__timeout__ms=transaction_timeout_ms,
         )
 
     def init(self) -> None:
@@ -70,10 +63,10 @@ class TransactionalProducer:
         deadline = time.monotonic() + max(ANSWER_SECONDS, self._timeout)
         while True:
             try:
-                self._producer.init_transactions(_SLICE)
+                self._producer.init_transactions(SLICE_SECONDS)
             except KafkaException as exception:
                 error = error_of(exception)
-                again = error.retriable() or error.code() in _AGAIN
+                again = error.retriable() or error.code() in AWAY
                 if not again:
                     raise translate(error) from exception
                 if self._stop() or time.monotonic() > deadline:
@@ -133,10 +126,10 @@ class TransactionalProducer:
         asked = None
         while True:
             try:
-                self._producer.commit_transaction(_SLICE)
+                self._producer.commit_transaction(SLICE_SECONDS)
             except KafkaException as exception:
                 error = error_of(exception)
-                if not (error.retriable() or error.code() in _AGAIN) or error.fatal():
+                if not (error.retriable() or error.code() in AWAY) or error.fatal():
                     raise translate(error, committing=True) from exception
                 now = time.monotonic()
                 if asked is None and self._stop():

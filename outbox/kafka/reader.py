@@ -25,7 +25,7 @@ from confluent_kafka import admin as kafka_admin
 from confluent_kafka.admin import AdminClient
 
 from outbox.errors import OutboxError, TopicError
-from outbox.kafka.client import ANSWER_SECONDS, properties
+from outbox.kafka.client import ANSWER_SECONDS, make, metadata
 from outbox.kafka.faults import Fault, error_of, translate, unavailable
 
 _WINDOW = 200
@@ -101,18 +101,16 @@ def _read(
     open_partitions = set(starts)
     if not open_partitions:
         return
-    consumer = Consumer(
-        {
-            "fetch.wait.max.ms": 20,
-            "fetch.error.backoff.ms": 50,
-            **properties(bootstrap, passthrough),
-            # Never joined and never committed to; librdkafka wants one.
-            "group.id": f"outbox-reader-{uuid.uuid4().hex}",
-            "enable.auto.commit": False,
-            "auto.offset.reset": "error",
-            "isolation.level": "read_committed",
-            "enable.partition.eof": True,
-        }
+    consumer = make(
+        Consumer,
+        bootstrap,
+        {"fetch.wait.max.ms": "20", "fetch.error.backoff.ms": "50", **passthrough},
+        # Never joined and never committed to; librdkafka wants one.
+        group__id=f"outbox-reader-{uuid.uuid4().hex}",
+        enable__auto__commit=False,
+        auto__offset__reset="error",
+        isolation__level="read_committed",
+        enable__partition__eof=True,
     )
     try:
         consumer.assign([TopicPartition(topic, p, offset) for p, offset in starts.items()])
@@ -156,13 +154,13 @@ def _is_end(message: Message) -> bool:
 @contextmanager
 def _admin(bootstrap: str, passthrough: Mapping[str, str]) -> Iterator[AdminClient]:
     try:
-        yield AdminClient(properties(bootstrap, passthrough))
+        yield make(AdminClient, bootstrap, passthrough)
     except KafkaException as exception:
         raise _person(error_of(exception)) from exception
 
 
 def _partitions(admin: AdminClient, topic: str) -> list[int]:
-    found = admin.list_topics(topic, timeout=ANSWER_SECONDS).topics[topic]
+    found = metadata(admin, topic).topics[topic]
     if found.error is not None:
         raise TopicError(f"There is no topic {topic}.", cure="Make it: outbox topics apply.")
     return sorted(found.partitions)

@@ -42,6 +42,8 @@ def check_passthrough(properties: Mapping[str, str]) -> None:
     """Refuse a property that would weaken the guarantee; `ConfigError` with the reason."""
     for name in properties:
         reason = GUARDED.get(name)
+        if reason is None and name == "default.topic.config":
+            reason = "it hides other properties"
         if reason is None and (name.endswith("_cb") or name.startswith("plugin.")):
             reason = "it names code"
         if reason is not None:

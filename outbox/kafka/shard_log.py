@@ -9,15 +9,19 @@ from outbox.dead_letter import DeadLetter, entity_key
 from outbox.entity_type import EntityType
 from outbox.kafka import reader
 from outbox.kafka.admin import Admin
-from outbox.kafka.names import dead_letters_topic, positions_topic, transactional_id
 from outbox.kafka.producer import TransactionalProducer
 from outbox.message import Message
-from outbox.topic import refusals
+from outbox.topic import dead_letters_topic, positions_topic, refusals
 
 # The client's own cap on one record; the topic's limit is what counts, and it is checked before.
 _MESSAGE_MAX_BYTES = 200_000_000
 _BATCH_SIZE = 1_000_000
 _POSITION_KEY = b"position"
+
+
+def transactional_id(name: str, shard: int) -> str:
+    """The transactional id that fences all but one relay of a shard."""
+    return f"{name}-{shard}"
 
 
 class ShardLog:
