@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psycopg
 from psycopg import errors as pg
@@ -14,19 +14,27 @@ from outbox.config import Config
 from outbox.database import connect_as, place, translated
 from outbox.errors import DatabaseUnavailableError
 from outbox.position import Position, floor_of
+from outbox.schema import quote
 from outbox.telemetry import emit
 
 log = logging.getLogger("outbox.adoption")
 
 
-def adopt_log(config: Config, *, expected_epoch: int, positions: Sequence[Position], from_system: str | None) -> int:
+def adopt_log(
+    config: Config,
+    *,
+    expected_epoch: int,
+    positions: Sequence[Position],
+    from_system: str | None,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
     """Adopt the log, unless somebody did already; the epoch in force afterwards.
 
     `positions` are those of all shards: new ids lie above the greatest of their anchors, the new epoch above theirs.
     `from_system` is the cluster whose positions are given up, when a person decided that (None: the same cluster).
 
-    Waits for writers no longer than `lock_timeout`, a number of times; then raises `DatabaseUnavailableError`, and
-    the caller tries again.
+    Waits for writers no longer than `lock_timeout`, a number of times (or until `stop()` is true); then raises
+    `DatabaseUnavailableError`, and the caller tries again.
     """
     where = place(config.database_url)
     floor = floor_of(positions)
@@ -34,6 +42,8 @@ def adopt_log(config: Config, *, expected_epoch: int, positions: Sequence[Positi
     query = sql.load("relay")["adopt"].replace("{schema}", psycopg_sql.Identifier(config.schema).as_string(None))
     with connect_as(config, "outbox-adopt", statement_timeout=0) as connection:
         for attempt in range(1, config.lock_tries + 1):
+            if stop():
+                break
             try:
                 with translated(where), connection.transaction():
                     connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
@@ -56,7 +66,11 @@ def adopt_log(config: Config, *, expected_epoch: int, positions: Sequence[Positi
                 if not isinstance(error.__cause__, (pg.LockNotAvailable, pg.DeadlockDetected)):
                     raise
                 emit(
-                    log, "adoption.locked_out", attempt=attempt, tries=config.lock_tries, blockers=_blockers(connection)
+                    log,
+                    "adoption.locked_out",
+                    attempt=attempt,
+                    tries=config.lock_tries,
+                    blockers=_blockers(connection, config.schema),
                 )
     raise DatabaseUnavailableError(
         f"The outbox in {where} could not be adopted: a transaction that wrote entries stayed open.",
@@ -64,9 +78,11 @@ def adopt_log(config: Config, *, expected_epoch: int, positions: Sequence[Positi
     )
 
 
-def _blockers(connection: psycopg.Connection[tuple[object, ...]]) -> int:
+def _blockers(connection: psycopg.Connection[tuple[object, ...]], schema: str) -> int:
     row = connection.execute(
-        "SELECT count(*) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation"
-        " WHERE c.relname LIKE 'entries%' AND l.mode = 'RowExclusiveLock' AND l.granted"
+        "SELECT count(DISTINCT l.virtualtransaction) FROM pg_locks l WHERE l.relation = to_regclass(%s)"
+        " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " AND l.mode = 'RowExclusiveLock' AND l.granted",
+        [f"{quote(schema)}.entries"],
     ).fetchone()
     return int(str(row[0])) if row else 0

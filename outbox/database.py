@@ -88,6 +88,8 @@ def connect(
             autocommit=True,
             application_name=application_name,
             connect_timeout=connect_timeout,
+            # Whatever the environment says: keys and headers go on as UTF-8.
+            client_encoding="UTF8",
             **_KEEPALIVE,
         )
         # A client-side setting would be an option of the URL; this one holds for any role and any server.

@@ -14,6 +14,7 @@ ID_HEADER = "outbox-id"
 CONTENT_TYPE_HEADER = "content-type"
 CAUSE_HEADER = "cause"
 JSON_CONTENT_TYPE = "application/json"
+_OWN_NAMES = frozenset({ID_HEADER, CONTENT_TYPE_HEADER, CAUSE_HEADER})
 
 # A record alone takes key + value + headers + 72 bytes and about 2 a header; the reserve is for what else a broker
 # of another version may add.
@@ -72,20 +73,30 @@ def messages(
         if cause is not None:
             headers.append((CAUSE_HEADER, cause.encode()))
         if own_headers is not None:
-            headers += _own(own_headers)
+            try:
+                headers += _own(own_headers)
+            except ValueError as error:
+                refused.append(
+                    Unpublishable(entry, entity_type.topic, "headers", f"its headers cannot be read: {error}")
+                )
+                continue
         key = key_text.encode()
         topic = entity_type.topic
+        limit = limits.get(topic)
+        if limit is None:
+            refused.append(Unpublishable(entry, topic, "no-topic", f"the topic {topic} is missing"))
+            continue
         # Judged cheaply first: hardly any state comes near the limit.
         size = len(key) + (0 if state is None else len(state))
-        if size + 4096 > limits[topic] or own_headers is not None:
+        if size + 4096 > limit or own_headers is not None:
             size += _RESERVE + sum(len(name) + len(value or b"") + _RESERVE_PER_HEADER for name, value in headers)
-            if size > limits[topic]:
+            if size > limit:
                 refused.append(
                     Unpublishable(
                         entry,
                         topic,
                         "too-large",
-                        f"the record needs up to {size} bytes, the topic {topic} takes {limits[topic]}",
+                        f"the record needs up to {size} bytes, the topic {topic} takes {limit}",
                     )
                 )
                 continue
@@ -94,6 +105,10 @@ def messages(
 
 
 def _own(text: str) -> list[tuple[str, str | bytes | None]]:
-    raw = orjson.loads(text)
-    # The table allows any JSON value; writers refuse what is no string, a hand-written INSERT may not.
-    return [(name, value.encode() if isinstance(value, str) else orjson.dumps(value)) for name, value in raw.items()]
+    # The table allows any JSON object; writers refuse what is no string and the relay's own names, a hand-written
+    # INSERT may not. A number that no double holds, or a thousand levels, cannot be read at all: a ValueError.
+    return [
+        (name, value.encode() if isinstance(value, str) else orjson.dumps(value))
+        for name, value in orjson.loads(text).items()
+        if name not in _OWN_NAMES
+    ]

@@ -19,6 +19,7 @@ from outbox.dead_letter import DeadLetter
 from outbox.message import Message, Unpublishable, messages
 from outbox.position import Position, Totals
 
+_EXAMPLES = 20
 _ID = itemgetter(0)
 _TYPE = itemgetter(1)
 
@@ -41,7 +42,7 @@ class Part:
 class Plan:
     """One batch made ready, and how much of it is done.
 
-    Take `part(size)`, commit it, tell `done(part)`; or `refuse` the first message of what is left. `dead` maps each
+    Take `part(size)`, commit it, tell `done(part)`; or `refuse` messages of it and take it again. `dead` maps each
     entity that has a dead letter to the id of its entry; `limits` each topic to its `max.message.bytes`.
     """
 
@@ -89,10 +90,13 @@ class Plan:
         batch = self._batch
         there = {(entry[1], entry[2]) for entry in (*batch.entries, *batch.retained)}
         failed = self._failed
+        gone = [entity for entity in named if entity not in there]
         return {
             "retried": sum(entity in there and entity not in failed for entity in named),
             "refused": sum(entity in failed for entity in named),
-            "not_retained": [list(entity) for entity in named if entity not in there],
+            # The position holds this: a count, and the first of them.
+            "not_retained": len(gone),
+            "examples": [list(entity) for entity in gone[:_EXAMPLES]],
         }
 
     @property
@@ -109,6 +113,11 @@ class Plan:
     def finished(self) -> bool:
         """Whether every part is committed."""
         return self._finished
+
+    @property
+    def too_large(self) -> bool:
+        """Whether something is larger than its topic takes, as far as the limits say."""
+        return any(u.reason == "too-large" for u in (*self._unpublishable, *self._again_refused))
 
     @property
     def records(self) -> int:
@@ -158,15 +167,18 @@ class Plan:
             self._dead.pop(entity, None)
         return dict(self._dead)
 
-    def refuse(self, reason: str) -> None:
-        """Take the first message that is left out: the broker refuses it alone."""
-        message = self._messages.pop(self._done)
-        unpublishable = Unpublishable(message.entry, message.topic, "refused", reason)
-        if self._done < self._own:
-            self._own -= 1
-            self._unpublishable.append(unpublishable)
-        else:
-            self._again_refused.append(unpublishable)
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Leave messages out that the broker refuses: by their places in the next part, with the reasons."""
+        for place in sorted(reasons, reverse=True):
+            at = self._done + place
+            message = self._messages.pop(at)
+            explanation = f"the broker refused the record: {reasons[place]}"
+            unpublishable = Unpublishable(message.entry, message.topic, "refused", explanation)
+            if at < self._own:
+                self._own -= 1
+                self._unpublishable.append(unpublishable)
+            else:
+                self._again_refused.append(unpublishable)
 
     # -- what belongs to a part --------------------------------------------------------------------------------
 
@@ -206,6 +218,8 @@ class Plan:
         dead = Counter(letter.type for letter in letters)
         totals = dict(self.position.totals)
         for name in taken.keys() | written.keys() | dead.keys():
+            if name not in self._batch.types:
+                continue  # what a hand-written INSERT may hold: a position must not grow with it
             totals[name] = totals.get(name, Totals()).plus(entries=taken[name], records=written[name], dead=dead[name])
         return totals
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from outbox.batch import Batch, Entity, Request
 from outbox.dead_letter import DeadLetter
 from outbox.entity_type import EntityType
+from outbox.errors import TopicError
 from outbox.lineage import Head
 from outbox.message import Message
 from outbox.position import Position
@@ -76,14 +77,17 @@ class Log(Protocol):
     def in_transaction(self) -> bool:
         """Whether a transaction was begun and neither committed nor aborted."""
 
-    def check(self, types: Mapping[str, EntityType], *, shards: int) -> None:
-        """Refuse topics that are missing or would lose data."""
+    def check(self, types: Mapping[str, EntityType], *, shards: int) -> Mapping[str, TopicError]:
+        """Look at all topics; by topic, what is wrong with those of states. The outbox's own: `TopicError`."""
 
     def take(self) -> None:
         """Fence any other holder, and end what it left open."""
 
     def renew(self) -> None:
         """Take a fresh producer."""
+
+    def probe(self, messages: Sequence[Message]) -> Mapping[int, str]:
+        """Find out which of some messages are refused, by their places, and why; renew it afterwards."""
 
     def read_position(self) -> bytes | None:
         """The last committed position of this shard."""
@@ -94,8 +98,8 @@ class Log(Protocol):
     def read_dead_letters(self) -> list[DeadLetter]:
         """The dead letters of this shard."""
 
-    def begin(self) -> None:
-        """Begin a transaction."""
+    def begin(self, *, watched: bool = False) -> None:
+        """Begin a transaction; when it is `watched`, `Refused` names the records that the broker names."""
 
     def send_all(self, messages: Sequence[Message]) -> None:
         """Send state records."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import selectors
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.errors import RelayError, SchemaError, UnsuitableServerError, WrongOutboxError
 from outbox.lineage import Head
+from outbox.patience import Patience
 from outbox.ports import Identity
 from outbox.position import Anchor, Position, Snapshot
 from outbox.schema import NEWEST, bell_key
@@ -38,8 +40,10 @@ _BACKEND_FLUSHES = 170_000  # from PostgreSQL 17 on, a message can be flushed wi
 class Reader:
     """Reads one shard of one outbox. Foreign errors come out as the project's."""
 
-    def __init__(self, config: Config, *, shard: int) -> None:
+    def __init__(self, config: Config, *, shard: int, stop: Callable[[], bool] = lambda: False) -> None:
         self._config = config
+        # The server ends a statement first, where it can.
+        self._patience = Patience(config.statement_timeout + 5, stop=stop)
         self._shard = shard
         self._where = place(config.database_url)
         self._connection: Connection | None = None
@@ -54,7 +58,7 @@ class Reader:
             .replace("{batch_bytes}", str(config.batch_bytes))
             for name, text in sql.load("relay").items()
         }
-        self._bell = bell_key(config.schema)
+        self._bell = bell_key(config.schema, shard)
         self._state = ""
 
     # -- the connection ----------------------------------------------------------------------------------------
@@ -91,6 +95,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the connection, if there is one; the doorbell is released with it."""
+        self._patience.close()
         if self._connection is not None:
             self._connection.close()
         self._connection = None
@@ -145,6 +150,12 @@ class Reader:
             )
         return Identity(name, shards, doorbell, retention, system[0] if system else None)
 
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """A call to the server: its errors in the project's words, and no longer than patience lasts."""
+        with translated(self._where), self._patience.call(self._open()):
+            yield
+
     def _open(self) -> Connection:
         if self._connection is None:
             raise RelayError("The reader has no connection; open() comes first.")
@@ -181,7 +192,7 @@ class Reader:
                 "floor": point.floor,
                 "last_id": last_id,
             }
-        with translated(self._where):
+        with self._asking():
             try:
                 with connection.pipeline():
                     connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -199,12 +210,12 @@ class Reader:
                     batch = replace(batch, requests=requests, retained=retained)
             finally:
                 if not connection.closed and connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
-                    connection.execute("ROLLBACK")
+                    connection.execute("COMMIT")
         return replace(batch, seconds=time.monotonic() - began)
 
     def look(self, position: Position) -> tuple[Head, Mapping[str, EntityType]]:
         """What the database says of itself now, given a position, and the entity types: a batch without its entries."""
-        with translated(self._where):
+        with self._asking():
             row = self._open().execute(self._query("head"), self._head_arguments(position)).fetchone()
         if row is None:
             raise SchemaError(f"The outbox in {self._where} has no settings any more.")
@@ -249,7 +260,7 @@ class Reader:
         if len(entries) >= self._config.batch_rows:
             return entries[-1][0]
         # The same sum as the query's, which has left out what comes after it went over the limit.
-        if entries and sum(256 + len(e[3] or b"") for e in entries) >= self._config.batch_bytes:
+        if entries and sum(map(_size, entries)) >= self._config.batch_bytes:
             return entries[-1][0]
         return None
 
@@ -276,7 +287,7 @@ class Reader:
         An asynchronous commit is visible before it is; what a crash loses must not have been published.
         """
         connection = self._open()
-        with translated(self._where):
+        with self._asking():
             if self._flushed(connection, lsn):
                 return
             # Left alone the server may take its time: it flushes a page that is not full when somebody commits.
@@ -298,7 +309,7 @@ class Reader:
         """Hold the doorbell, so that writers ring; False when a writer holds it (or the outbox has none)."""
         if self.identity is None or not self.identity.doorbell:
             return False
-        with translated(self._where):
+        with self._asking():
             row = self._open().execute(self._query("try_bell"), {"bell": self._bell}, prepare=True).fetchone()
         self._ringing = bool(row and row[0])
         return self._ringing
@@ -308,7 +319,7 @@ class Reader:
         if not self._ringing:
             return
         self._ringing = False
-        with translated(self._where):
+        with self._asking():
             self._open().execute(self._query("release_bell"), {"bell": self._bell}, prepare=True)
 
     def wait_rung(self, seconds: float, wake: Wake) -> bool:
@@ -331,7 +342,7 @@ class Reader:
 
     def report(self, request: int, outcome: Mapping[str, Any]) -> None:
         """Say what became of a request; saying it again changes nothing."""
-        with translated(self._where):
+        with self._asking():
             self._open().execute(
                 self._query("report"),
                 {"request": request, "shard": self._shard, "outcome": orjson.dumps(outcome).decode()},
@@ -341,7 +352,7 @@ class Reader:
         """Show a state in `pg_stat_activity`, for `outbox status`; only when it has changed."""
         if state == self._state or not self.connected:
             return
-        with translated(self._where):
+        with self._asking():
             self._open().execute("SELECT set_config('application_name', %s, false)", [self._application_name(state)])
         self._state = state
 
@@ -349,6 +360,11 @@ class Reader:
         name = self.identity.name if self.identity else self._config.name or "?"
         # PostgreSQL cuts it at 63 bytes.
         return f"outbox-relay {name[:30]}/{self._shard} {state}"[:63]
+
+
+def _size(entry: Sequence[Any]) -> int:
+    """As the queries have it: bytes of the state, characters of what else varies, and a share for the rest."""
+    return 256 + len(entry[2]) + len(entry[3] or b"") + len(entry[6] or "") + len(entry[7] or "")
 
 
 def _array(xids: Sequence[int]) -> str:

@@ -6,10 +6,20 @@ import logging
 import time
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from outbox.adoption import adopt_log
 from outbox.config import Config
-from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, NotCaughtUpError, OutboxError
+from outbox.errors import (
+    BrokerError,
+    BrokerUnavailableError,
+    DatabaseError,
+    DatabaseUnavailableError,
+    NotCaughtUpError,
+    OutboxError,
+    TopicError,
+    UnsuitableServerError,
+)
 from outbox.kafka.shard_log import ShardLog
 from outbox.pruning import prune_ring
 from outbox.reader import Reader
@@ -31,9 +41,13 @@ class Relay:
     def __init__(self, config: Config, *, wake: Wake | None = None) -> None:
         self._config = config
         self._wake = wake or Wake()
-        self._reader = Reader(config, shard=config.shard)
+        self._reader = Reader(config, shard=config.shard, stop=self._stopping)
         self._shard = Shard(
-            config, self._reader, partial(ShardLog, config), partial(adopt_log, config), stop=lambda: self._wake.is_set
+            config,
+            self._reader,
+            partial(ShardLog, config),
+            partial(adopt_log, config, stop=self._stopping),
+            stop=self._stopping,
         )
         self._waiting_for: str | None = None
         self._tries = 0
@@ -66,14 +80,24 @@ class Relay:
                         self._sleep()
                     self._check_time(f"{self.done.entries} entries were published")
                 except (DatabaseUnavailableError, BrokerUnavailableError) as error:
-                    self._wait_for(error)
-        except OutboxError as error:
-            self._show(f"stuck:{type(error).__name__}")
-            raise
+                    self._wait_for(error, "waiting")
+                except (TopicError, BrokerError, DatabaseError, UnsuitableServerError) as error:
+                    # At the start a person is there to read it. Later the relay goes on by itself once it is mended.
+                    if until_caught_up or not self._shard.has_held:
+                        raise
+                    self._wait_for(error, "stuck")
+            if until_caught_up and not last.caught_up:
+                raise NotCaughtUpError(
+                    f"The relay was stopped before it had caught up; {self.done.entries} entries were published.",
+                    cure="Nothing is lost: the next run goes on from there. See outbox status.",
+                )
         finally:
             self._shard.close()
             self._reader.close()
         return last
+
+    def _stopping(self) -> bool:
+        return self._wake.is_set
 
     def _count(self, step: Step) -> None:
         self.done = replace(
@@ -92,18 +116,22 @@ class Relay:
 
     # -- servers that are away ---------------------------------------------------------------------------------
 
-    def _wait_for(self, error: DatabaseUnavailableError | BrokerUnavailableError) -> None:
-        """Give up what hangs on the server that is away; say so once; pause, longer each time."""
-        database = isinstance(error, DatabaseUnavailableError)
+    def _wait_for(self, error: OutboxError, how: Literal["waiting", "stuck"]) -> None:
+        """Give up what hangs on what is away; say so once; pause, longer each time."""
+        database = isinstance(error, DatabaseUnavailableError | DatabaseError | UnsuitableServerError)
         self._shard.forget(database=database)
         if self._wake.is_set:
             return
         self._check_time(error.message.rstrip("."))
-        what = "database" if database else "kafka"
+        what = "database" if database else "topic" if isinstance(error, TopicError) else "kafka"
         if self._waiting_for != what:
-            emit(log, "relay.waiting", shard=self._config.shard, what=what, error=error.message, cure=error.cure)
+            shard = self._config.shard
+            if how == "waiting":
+                emit(log, "relay.waiting", shard=shard, what=what, error=error.message, cure=error.cure)
+            else:
+                emit(log, "relay.stuck", shard=shard, what=what, error=error.message, cure=error.cure)
             self._waiting_for = what
-        self._show(f"waiting:{what}")
+        self._show(f"{how}:{what}")
         self._wake.wait(min(self._config.backoff_max, _FIRST_PAUSE * 2 ** min(self._tries, 20)))
         self._tries += 1
 

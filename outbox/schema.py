@@ -35,9 +35,15 @@ def literal(text: str) -> str:
     return f"E'{escaped.replace(chr(92), chr(92) * 2)}'" if "\\" in text else f"'{escaped}'"
 
 
-def bell_key(schema: str) -> int:
-    """The advisory lock key of the doorbell (bigint): from the schema's name, so that it needs no row."""
-    return int.from_bytes(hashlib.blake2b(b"outbox " + schema.encode(), digest_size=8).digest(), "big", signed=True)
+MOST_SHARDS = 1024
+
+
+def bell_key(schema: str, shard: int = 0) -> int:
+    """The advisory lock key of a shard's doorbell (bigint): from the schema's name, so that it needs no row."""
+    of_schema = int.from_bytes(
+        hashlib.blake2b(b"outbox " + schema.encode(), digest_size=8).digest(), "big", signed=True
+    )
+    return of_schema // MOST_SHARDS * MOST_SHARDS + shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class Settings:
             raise ConfigError(
                 f'"{self.schema}" cannot be the name of a schema.', cure="Use 1 to 63 bytes, not beginning with pg_."
             )
-        if not 1 <= self.shards <= 1024:
+        if not 1 <= self.shards <= MOST_SHARDS:
             raise ConfigError(f"An outbox cannot have {self.shards} shards.", cure="Use 1 to 1024.")
         if not 3 <= self.slots <= 1000:
             raise ConfigError(f"A ring cannot have {self.slots} slots.", cure="Use 3 to 1000; the default is 12.")
@@ -100,6 +106,9 @@ class Settings:
             "name": "current_database()" if self.name is None else literal(self.name),
             "channel": literal(self.schema),
             "bell": str(bell_key(self.schema)),
+            "bells_granted": " AND ".join(
+                f"pg_try_advisory_xact_lock_shared({bell_key(self.schema, shard)})" for shard in range(self.shards)
+            ),
             "bell_default": ring if self.doorbell else "NULL",
             "shards": str(self.shards),
             "slots": str(self.slots),

@@ -11,19 +11,21 @@ import enum
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from outbox import position as positions
 from outbox.batch import Batch, Entity, Request
 from outbox.config import Config
+from outbox.entity_type import EntityType
 from outbox.errors import (
     BrokerError,
     DatabaseUnavailableError,
     FencedError,
     LostTailError,
     TooManyDeadLettersError,
+    TopicError,
     WrongClusterError,
     WrongOutboxError,
 )
@@ -35,6 +37,11 @@ from outbox.position import Position
 from outbox.telemetry import emit
 
 log = logging.getLogger("outbox.relay")
+
+# Seconds after which the topics are looked at again while there is something to publish, and at the least between two
+# looks because something is too large.
+_CHECK_SECONDS = 60.0
+_LIMITS_SECONDS = 3.0
 
 
 class Did(enum.Enum):
@@ -98,11 +105,21 @@ class Shard:
         self._dead: Mapping[Entity, int] = {}
         self._ahead: Future[Batch] | None = None
         self._thread = read_ahead or ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox-read-ahead")
+        # After a refusal: how many messages go into one transaction, and whether it is watched.
         self._part_size: int | None = None
+        self._watched = False
         self._types_seen = 0
+        self._troubles: Mapping[str, TopicError] = {}
+        self._checked_at = 0.0
         self._timeline_said: int | None = None
         # Whether the cut that is being read was begun by a former holder, before this one took over.
         self._inherited = False
+        self._has_held = False
+
+    @property
+    def has_held(self) -> bool:
+        """Whether it has been taken over by this process, now or before."""
+        return self._has_held
 
     @property
     def holds(self) -> bool:
@@ -125,6 +142,7 @@ class Shard:
         if not self._source.connected:
             self._drop_ahead()
             self._source.open()
+            self._types_seen = -1  # it may be another database, with other types under the same version
         kafka, position = self._kafka, self._position
         if kafka is None or position is None:
             self._take(self._source.identity)
@@ -138,6 +156,10 @@ class Shard:
         self._report(batch)
         self._follow_types(kafka, batch)
         plan = Plan(batch, kafka.limits, self._dead, now_ms=self._now_ms())
+        if plan.too_large and time.monotonic() > self._checked_at + _LIMITS_SECONDS:
+            # The limit may have been raised meanwhile: a verdict that stays needs a look.
+            self._check(kafka, batch.types, needed=self._topics_of(batch))
+            plan = Plan(batch, kafka.limits, self._dead, now_ms=self._now_ms())
         try:
             if plan.empty:
                 return self._nothing(kafka, batch)
@@ -196,9 +218,12 @@ class Shard:
         former: str | None = None
         try:
             types = self._source.look(self._start(identity))[1]
-            kafka.check(types, shards=identity.shards)
-            # Before anybody is fenced: a relay of the wrong database must not disturb the right one.
-            self._look_from(kafka, identity)
+            self._check(kafka, types, needed=None if not self._has_held else ())
+            # Before anybody is fenced: a relay of the wrong database must not disturb the right one, and one that comes
+            # back from an outage must not take the shard from its successor.
+            before, _ = self._look_from(kafka, identity)
+            if before is not None and self._has_held and before.token != self._token:
+                raise self._superseded()
             kafka.take()
             found, head = self._look_from(kafka, identity)
             if found is None:
@@ -219,6 +244,7 @@ class Shard:
             raise
         self._kafka, self._position, self._dead = kafka, position, dead
         self._inherited = position.cut is not None
+        self._has_held = True
         self._types_seen = head.types_version
         emit(log, "relay.holds", shard=number, outbox=identity.name, token=self._token, epoch=position.epoch)
 
@@ -265,7 +291,7 @@ class Shard:
                 return
         kafka, self._kafka = self._kafka, None
         self._position = None
-        self._part_size = None
+        self._part_size, self._watched = None, False
         if kafka is not None:
             kafka.discard()
 
@@ -275,18 +301,24 @@ class Shard:
         `former`: whose token was there before the own was written, while it may not have been.
         """
         aborted = isinstance(fault, Aborted)
-        emit(log, "relay.aborted" if aborted else "relay.hold_in_doubt", shard=self._number, reason=str(fault))
+        if aborted:
+            emit(log, "relay.aborted", shard=self._number, reason=str(fault))
+        else:
+            emit(log, "relay.hold_in_doubt", shard=self._number, reason=str(fault))
         self.forget()
         kafka.discard()
-        if aborted:
+        if aborted or self._stop():
             return
         value = kafka.read_position()
         holder = Position.decode(value).token if value is not None else None
         if holder not in {None, self._token, former}:
-            raise FencedError(
-                f"Another relay took over shard {self._number} of this outbox; this one stops, having lost nothing.",
-                cure="Run one relay a shard. If this one is to publish, stop the other and start it again.",
-            )
+            raise self._superseded()
+
+    def _superseded(self) -> FencedError:
+        return FencedError(
+            f"Another relay took over shard {self._number} of this outbox; this one stops, having lost nothing.",
+            cure="Run one relay a shard. If this one is to publish, stop the other and start it again.",
+        )
 
     def settle(self) -> None:
         """Wait until consumers see what was committed.
@@ -355,11 +387,32 @@ class Shard:
                 self._source.report(request.id, progress["done"])
 
     def _follow_types(self, kafka: Log, batch: Batch) -> None:
-        if batch.head.types_version != self._types_seen or (batch.requests and self._dead):
-            # A changed type may point to another topic, and a raised limit is what a retry waits for.
-            identity = self._source.identity
-            kafka.check(batch.types, shards=identity.shards if identity else 1)
+        """Look at the topics when they may be others: now and then, too, since anybody may change them."""
+        if (
+            batch.head.types_version != self._types_seen
+            or (batch.requests and self._dead)
+            or (batch.entries and time.monotonic() > self._checked_at + _CHECK_SECONDS)
+            or (self._troubles and not self._troubles.keys().isdisjoint(self._topics_of(batch)))
+        ):
+            self._check(kafka, batch.types, needed=self._topics_of(batch))
             self._types_seen = batch.head.types_version
+
+    @staticmethod
+    def _topics_of(batch: Batch) -> set[str]:
+        names = {entry[1] for entry in batch.entries}
+        return {t.topic for t in batch.types.values() if t.name in names}
+
+    def _check(self, kafka: Log, types: Mapping[str, EntityType], *, needed: Collection[str] | None) -> None:
+        """Refuse topics that must not be published to, among those `needed` (None: all); the others are said once."""
+        identity = self._source.identity
+        troubles = kafka.check(types, shards=identity.shards if identity else 1)
+        self._checked_at = time.monotonic()
+        said, self._troubles = self._troubles, troubles
+        for topic, error in troubles.items():
+            if needed is None or topic in needed:
+                raise error
+            if topic not in said:
+                emit(log, "relay.topic", shard=self._number, topic=topic, error=error.message, cure=error.cure)
 
     # -- publishing --------------------------------------------------------------------------------------------
 
@@ -399,10 +452,14 @@ class Shard:
         dead = 0
         while not plan.finished:
             part = plan.part(self._part_size)
+            refused: Refused | None = None
             try:
                 self._commit(kafka, part, batch)
             except Refused as fault:
-                self._narrow(kafka, plan, part, fault)
+                refused = fault.with_traceback(None)
+            if refused is not None:
+                # Not while it is handled: the exception holds the producer that is to be thrown away.
+                self._narrow(kafka, plan, part, refused)
                 continue
             self._position, self._dead = part.position, plan.done(part)
             dead += len(part.letters)
@@ -419,7 +476,7 @@ class Shard:
                 )
             if self._part_size is not None:
                 self._part_size *= 2
-        self._part_size = None
+        self._part_size, self._watched = None, False
         step = Step(
             Did.PUBLISHED,
             entries=len(batch.entries),
@@ -446,7 +503,7 @@ class Shard:
         """One Kafka transaction: a part of a batch (None: no entries) and the position after it."""
         if part.letters:
             self._check_dead({*self._dead, *((letter.type, letter.key) for letter in part.letters)})
-        kafka.begin()
+        kafka.begin(watched=self._watched)
         kafka.send_all(part.messages)
         for letter in part.letters:
             kafka.send_dead_letter(letter)
@@ -463,19 +520,26 @@ class Shard:
         except Refused as fault:
             if part.messages:
                 raise
-            raise BrokerError(
-                f"Kafka refused a record of the outbox's own topics (positions or dead letters): {fault}.",
-                cure="Bring their settings in line: outbox topics check, outbox topics apply.",
-            ) from fault
+            raise _own_refused(fault) from fault
 
     def _narrow(self, kafka: Log, plan: Plan, part: Part, fault: Refused) -> None:
-        """Halve what is sent at once; leave out the record that is refused alone."""
+        """Leave out the records that are refused: those that the broker names, or the one that is refused alone."""
         self._drop_ahead()
+        if fault.own is not None:
+            raise _own_refused(fault)
+        culprits = fault.culprits
+        if not culprits and fault.suspects:
+            found = kafka.probe([part.messages[place] for place in fault.suspects])
+            culprits = {fault.suspects[place]: reason for place, reason in found.items()}
         kafka.renew()
-        if len(part.messages) > 1:
+        if culprits:
+            plan.refuse(culprits)
+        elif len(part.messages) == 1:
+            plan.refuse({0: str(fault)})
+        elif self._watched:
+            # It names no record (a batch that is too large as a whole): halve what is sent at once.
             self._part_size = len(part.messages) // 2
-        else:
-            plan.refuse(f"the broker refused the record: {fault}")
+        self._watched = True
 
     def _check_dead(self, dead: set[Entity]) -> None:
         if len(dead) > self._config.max_dead_letters:
@@ -485,3 +549,10 @@ class Shard:
                 cure="See outbox dead-letters list for the reasons; mend them and start the relay again, or raise "
                 "max_dead_letters.",
             )
+
+
+def _own_refused(fault: Refused) -> BrokerError:
+    return BrokerError(
+        f"Kafka refused a record of the outbox's own topics (positions or dead letters): {fault.own or fault}.",
+        cure="Bring their settings in line: outbox topics check, outbox topics apply.",
+    )

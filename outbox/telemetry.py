@@ -43,6 +43,18 @@ EVENTS: Mapping[str, Event] = {
         "waiting for {what}: {error} {cure}",
         "A server is away; said once, tried again with growing pauses. `what` is `database` or `kafka`.",
     ),
+    "relay.stuck": Event(
+        logging.ERROR,
+        "stuck at {what}, until somebody mends it: {error} {cure}",
+        "Something that the relay needs was changed while it ran; said once, tried again with growing pauses. `what` "
+        "is `database`, `kafka` or `topic`. At its start the relay ends instead.",
+    ),
+    "relay.topic": Event(
+        logging.WARNING,
+        "the topic {topic} could not be published to, and nothing needs it yet: {error} {cure}",
+        "A type was added before its topic, or a topic was changed. Entries of its type will wait, and all behind "
+        "them.",
+    ),
     "relay.resumed": Event(logging.INFO, "{what} is back; going on", "The server answers again."),
     "relay.aborted": Event(
         logging.WARNING,

@@ -12,6 +12,8 @@ from outbox.errors import ConfigError, TopicError
 DEFAULT_PARTITIONS = 8
 # What a record needs beside key and state: see outbox.message. Keys have at most 1,024 bytes.
 _RESERVE = 4096
+# Smaller, and a position may not fit, nor a batch of any size.
+_LEAST_LIMIT = 65_536
 _WEEK_MS = 7 * 24 * 3600 * 1000
 _FOR_EVER = 2**63 - 1
 _APPLY = "outbox topics apply"
@@ -204,42 +206,55 @@ def plan(specs: Iterable[TopicSpec], actual: Mapping[str, TopicState]) -> list[A
     return actions
 
 
-def refusals(
+def troubles(
     actual: Mapping[str, TopicState],
     types: Mapping[str, EntityType],
     *,
     positions: str,
     dead_letters: str,
     shards: int,
-) -> None:
-    """What a relay must not publish to; `TopicError` with the command that mends it."""
+) -> dict[str, TopicError]:
+    """By topic, what a relay must not publish to, and the command that mends it; the outbox's own topics come first."""
+    found: dict[str, TopicError] = {}
     wanted = {positions: "positions", dead_letters: "dead letters"}
     for t in types.values():
         if t.topic in wanted:
-            raise TopicError(
+            found[t.topic] = TopicError(
                 f'The entity type "{t.name}" has the topic {t.topic}, which is that of the {wanted[t.topic]}.',
                 cure=f"Give it one of its own: outbox types change {t.name} --topic TOPIC.",
             )
-        wanted[t.topic] = f"entity type {t.name}"
+        else:
+            wanted[t.topic] = f"entity type {t.name}"
     for name, purpose in wanted.items():
-        state = actual.get(name)
-        if state is None:
-            raise TopicError(f"The topic {name} ({purpose}) is missing.", cure=f"Make it: {_APPLY}.")
-        policy = state.settings.get("cleanup.policy", "")
-        if policy != "compact":
-            raise TopicError(
-                f"The topic {name} ({purpose}) has cleanup.policy={policy}: what does not change would be deleted.",
-                cure=f"Make it compacted: {_APPLY}.",
-            )
-        if state.settings.get("message.timestamp.type") == "LogAppendTime":
-            raise TopicError(
-                f"The topic {name} ({purpose}) has message.timestamp.type=LogAppendTime: it hides a state's time.",
-                cure=f"Mend it: {_APPLY}.",
-            )
-    for name in (positions, dead_letters):
-        if actual[name].partitions != shards:
-            raise TopicError(
-                f"The topic {name} has {actual[name].partitions} partition(s), the outbox has {shards} shard(s): a "
-                "position would be lost or shared.",
-                cure=f"Restore the topic as it was, or, to publish the retained log again, delete it and run {_APPLY}.",
-            )
+        error = _trouble(actual.get(name), f"{name} ({purpose})", shards if name in {positions, dead_letters} else None)
+        if error is not None:
+            found.setdefault(name, error)
+    return found
+
+
+def _trouble(state: TopicState | None, called: str, partitions: int | None) -> TopicError | None:
+    if state is None:
+        return TopicError(f"The topic {called} is missing.", cure=f"Make it: {_APPLY}.")
+    policy = state.settings.get("cleanup.policy", "")
+    if policy != "compact":
+        return TopicError(
+            f"The topic {called} has cleanup.policy={policy}: what does not change would be deleted.",
+            cure=f"Make it compacted: {_APPLY}.",
+        )
+    if state.max_message_bytes < _LEAST_LIMIT:
+        return TopicError(
+            f"The topic {called} takes at most {state.max_message_bytes} bytes.",
+            cure=f"Raise its max.message.bytes: {_APPLY}.",
+        )
+    if state.settings.get("message.timestamp.type") == "LogAppendTime":
+        return TopicError(
+            f"The topic {called} has message.timestamp.type=LogAppendTime: it hides a state's time.",
+            cure=f"Mend it: {_APPLY}.",
+        )
+    if partitions is not None and state.partitions != partitions:
+        return TopicError(
+            f"The topic {called} has {state.partitions} partition(s), the outbox has {partitions} shard(s): a position "
+            "would be lost or shared.",
+            cure=f"Restore the topic as it was, or, to publish the retained log again, delete it and run {_APPLY}.",
+        )
+    return None

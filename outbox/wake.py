@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import select
 import socket
-import threading
 
 
 class Wake:
-    """Set once, for good; whoever waits, waits no longer."""
+    """Set once, for good; whoever waits, waits no longer.
+
+    A flag and a pair of sockets, no lock: a signal handler runs within the very wait that it is to end.
+    """
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
         for end in (self._reader, self._writer):
             end.settimeout(0)
-        self._event = threading.Event()
+        self._set = False
 
     def fileno(self) -> int:
         """Readable once it is set: for a wait that also waits for something else."""
@@ -21,7 +24,7 @@ class Wake:
 
     def set(self) -> None:
         """End this wait and every later one."""
-        self._event.set()
+        self._set = True
         try:
             self._writer.send(b"x")
         except OSError:
@@ -30,11 +33,13 @@ class Wake:
     @property
     def is_set(self) -> bool:
         """Whether it was set."""
-        return self._event.is_set()
+        return self._set
 
     def wait(self, seconds: float) -> bool:
         """Wait at most so long; whether it is set."""
-        return self._event.wait(seconds)
+        if not self._set:
+            select.select([self._reader], [], [], seconds)
+        return self._set
 
     def close(self) -> None:
         """Give the descriptors back."""

@@ -53,6 +53,7 @@ def producer(kafka: Kafka, outbox_name: str) -> Iterator[Make]:
             transaction_timeout_ms=timeout_ms,
             batch_size=90_000,
             message_max_bytes=200_000_000,
+            queue_kbytes=65_536,
             stop=stop,
         )
         made.append(one)
@@ -198,6 +199,7 @@ def test_a_stop_is_served_while_kafka_is_away(producer: Make, outbox_name: str) 
         transaction_timeout_ms=60_000,
         batch_size=90_000,
         message_max_bytes=200_000_000,
+        queue_kbytes=65_536,
         stop=lambda: True,
     )
     began = time.monotonic()

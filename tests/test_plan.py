@@ -99,7 +99,7 @@ def test_a_refused_message_is_left_out_and_becomes_a_letter() -> None:
     plan = plan_of(batch_of([entry(1, "a"), entry(2, "b"), entry(3, "c")]))
     first = plan.part(1)
     plan.done(first)
-    plan.refuse("no")
+    plan.refuse({0: "no"})
     part = plan.part(1)
     assert [m.entry.id for m in part.messages] == [3]
     assert [(letter.id, letter.reason) for letter in part.letters] == [(2, "refused")]
@@ -110,7 +110,7 @@ def test_a_refused_message_is_left_out_and_becomes_a_letter() -> None:
 def test_a_batch_of_nothing_but_refused_messages_still_advances() -> None:
     """Else it would be read for ever."""
     plan = plan_of(batch_of([entry(1)]))
-    plan.refuse("no")
+    plan.refuse({0: "no"})
     part = plan.part(1)
     assert (part.messages, [letter.id for letter in part.letters]) == ([], [1])
     assert part.position.cut is None
@@ -150,7 +150,9 @@ def test_a_retry_publishes_the_last_retained_entry_after_the_batch_and_says_what
     plan = plan_of(batch, dead)
     part = plan.part()
     assert [m.entry.id for m in part.messages] == [50, 51, 1]
-    assert part.position.requests["9"] == {"done": {"retried": 2, "refused": 1, "not_retained": [["user", "gone"]]}}
+    assert part.position.requests["9"] == {
+        "done": {"retried": 2, "refused": 1, "not_retained": 1, "examples": [["user", "gone"]]}
+    }
     assert plan.done(part) == {("user", "gone"): 2, ("user", "big"): 3}
 
 
@@ -161,10 +163,10 @@ def test_a_retried_record_that_is_refused_again_is_said_to_be_refused() -> None:
         batch_of([entry(50, "new")], requests=[RETRY], retained=[entry(1, "guilty"), entry(2, "innocent")]), dead
     )
     plan.done(plan.part(1))
-    plan.refuse("no")
+    plan.refuse({0: "no"})
     part = plan.part(1)
     assert [m.entry.id for m in part.messages] == [2]
-    assert part.position.requests["9"] == {"done": {"retried": 1, "refused": 1, "not_retained": []}}
+    assert part.position.requests["9"] == {"done": {"retried": 1, "refused": 1, "not_retained": 0, "examples": []}}
     assert plan.done(part) == {("user", "guilty"): 1}
 
 
@@ -233,7 +235,7 @@ def test_however_it_is_cut_and_refused_the_end_is_the_same(
             part = plan.part(1)
             bad = [m for m in part.messages if m.entry.id in guilty]
         if bad:
-            plan.refuse("no")
+            plan.refuse({0: "no"})
             continue
         published += [m.entry.id for m in part.messages]
         letters += [letter.id for letter in part.letters]

@@ -123,14 +123,14 @@ def _ask(
     total: dict[str, int] = {}
     gone: list[list[str]] = []
     for outcome in outcomes.values():
-        gone += outcome.get("not_retained", [])
-        for word in ("retried", "refused", "dropped"):
+        gone += outcome.get("examples", [])
+        for word in ("retried", "refused", "dropped", "not_retained"):
             if word in outcome:
                 total[word] = total.get(word, 0) + outcome[word]
     if as_json:
-        print_json({"request": number, **total, "not_retained": gone})
+        print_json({"request": number, **total, "examples": gone})
         return
-    click.echo(", ".join(f"{word}: {count}" for word, count in total.items()))
+    click.echo(", ".join(f"{word.replace('_', ' ')}: {count}" for word, count in total.items()))
     for entity in gone:
         click.echo(f"no longer retained: {entity[0]} {entity[1]}; have the service write it again", err=True)
 

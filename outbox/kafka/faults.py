@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from confluent_kafka import KafkaError, KafkaException
 
 from outbox.errors import BrokerError, BrokerUnavailableError, OutboxError, TopicError
@@ -20,7 +22,24 @@ class Fenced(Fault):
 
 
 class Refused(Fault):
-    """The broker refused a record; every record of its batch carries the error. Halve, with a fresh producer."""
+    """The broker refused a record; every record of its batch failed with it. A fresh producer sends the others.
+
+    Known when the transaction was watched: `culprits` maps the places of refused records, in the order in which they
+    were sent, to the reasons; `suspects` are the places of those whose batch was refused and not they themselves. `own`
+    is the reason when a record of the outbox's own topics was refused.
+    """
+
+    def __init__(
+        self,
+        error: KafkaError,
+        culprits: Mapping[int, str] | None = None,
+        suspects: Sequence[int] = (),
+        own: str | None = None,
+    ) -> None:
+        super().__init__(error)
+        self.culprits = dict(culprits or {})
+        self.suspects = list(suspects)
+        self.own = own
 
 
 class Aborted(Fault):

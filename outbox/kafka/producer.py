@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from outbox.errors import BrokerUnavailableError
+from outbox.errors import BrokerUnavailableError, ConfigError
 from outbox.kafka.client import ANSWER_SECONDS, SLICE_SECONDS, make
-from outbox.kafka.faults import AWAY, error_of, translate, unavailable
+from outbox.kafka.faults import AWAY, Refused, error_of, translate, unavailable
 
 # How long a commit that was begun may go on after the relay was asked to stop.
 _GRACE = 5.0
 
 
+_BATCH_MESSAGES = 10_000  # librdkafka's default
+
+
 class TransactionalProducer:
-    """One transactional producer. All sizes in bytes, times as their names say.
+    """One transactional producer. All sizes in bytes, times as their names say; `alone`: each record a batch.
 
     After a fault it is discarded: librdkafka leaves a producer that was fenced, or whose record was refused, in a
     state that the next transaction trips over.
@@ -32,11 +37,14 @@ class TransactionalProducer:
         transaction_timeout_ms: int,
         batch_size: int,
         message_max_bytes: int,
+        queue_kbytes: int,
         stop: Callable[[], bool],
+        alone: bool = False,
     ) -> None:
         self._stop = stop
         self._timeout = transaction_timeout_ms / 1000
         self.in_transaction = False
+        self._watched = False
         self._producer = make(
             Producer,
             bootstrap,
@@ -44,7 +52,7 @@ class TransactionalProducer:
                 "linger.ms": "5",
                 "compression.type": "lz4",
                 "queue.buffering.max.messages": "1000000",
-                "queue.buffering.max.kbytes": "65536",
+                "queue.buffering.max.kbytes": str(queue_kbytes),
                 **passthrough,
             },
             transactional__id=transactional_id,
@@ -54,6 +62,7 @@ class TransactionalProducer:
             partitioner="murmur2_random",
             batch__size=batch_size,
             message__max__bytes=message_max_bytes,
+            batch__num__messages=1 if alone else _BATCH_MESSAGES,
             # The transaction ends everything; a record's own limit must not be longer than it.
             message__timeout__ms=transaction_timeout_ms,
         )
@@ -74,13 +83,18 @@ class TransactionalProducer:
             else:
                 return
 
-    def begin(self) -> None:
-        """Begin a transaction."""
+    def begin(self, *, watched: bool = False) -> None:
+        """Begin a transaction; when it is `watched`, `Refused` names the records that the broker names."""
         try:
             self._producer.begin_transaction()
         except KafkaException as exception:
             raise translate(error_of(exception)) from exception
         self.in_transaction = True
+        self._watched = watched
+        self._sent = 0
+        self._accused: list[tuple[int, tuple[str | None, int | None], str]] = []
+        self._named: set[tuple[str | None, int | None]] = set()
+        self._own_culprit: str | None = None
 
     def send(
         self,
@@ -91,9 +105,13 @@ class TransactionalProducer:
         timestamp_ms: int,
     ) -> None:
         """Send a record, to the partition of its key."""
+        more: dict[str, Any] = {}
+        if self._watched:
+            more["on_delivery"] = partial(self._delivered, self._sent)
+            self._sent += 1
         while True:
             try:
-                self._producer.produce(topic, value, key, headers=headers, timestamp=timestamp_ms)
+                self._producer.produce(topic, value, key, headers=headers, timestamp=timestamp_ms, **more)
             except BufferError:
                 # Memory is bounded: wait until the broker has taken something.
                 self._make_room()
@@ -104,17 +122,43 @@ class TransactionalProducer:
 
     def send_to(self, topic: str, partition: int, key: bytes, value: bytes | None) -> None:
         """Send a record of the outbox's own, to a partition that is chosen."""
+        more: dict[str, Any] = {"on_delivery": partial(self._delivered, None)} if self._watched else {}
         try:
-            self._producer.produce(topic, value, key, partition)
+            self._producer.produce(topic, value, key, partition, **more)
         except BufferError:
             self._make_room()
             self.send_to(topic, partition, key, value)
         except KafkaException as exception:
             raise translate(error_of(exception)) from exception
 
+    def _delivered(self, place: int | None, error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            return
+        where = (message.topic(), message.partition())
+        if error.code() == KafkaError._INVALID_DIFFERENT_RECORD:  # noqa: SLF001  librdkafka's local codes are named so
+            self._named.add(where)
+        elif isinstance(translate(error), Refused):
+            if place is None:
+                self._own_culprit = error.str()
+            else:
+                self._accused.append((place, where, f"{error.name()}: {error.str()}"))
+
+    def probe(self) -> dict[int, str]:
+        """Send what was sent, one record a batch, until one is refused; the places and reasons. Commits nothing."""
+        deadline = time.monotonic() + self._timeout
+        while not self._accused and len(self._producer) and time.monotonic() < deadline and not self._stop():
+            self._producer.poll(SLICE_SECONDS / 10)
+        self.abort()
+        return {place: reason for place, _, reason in self._accused}
+
     def _make_room(self) -> None:
         deadline = time.monotonic() + self._timeout
         before = len(self._producer)
+        if not before:
+            raise ConfigError(
+                "A record is larger than all that the Kafka client may hold (queue.buffering.max.kbytes).",
+                cure="Raise or remove queue.buffering.max.kbytes in the table [kafka] of outbox.toml.",
+            )
         while len(self._producer) >= before:
             self._producer.poll(0.05)
             if self._stop() or time.monotonic() > deadline:
@@ -126,11 +170,14 @@ class TransactionalProducer:
         asked = None
         while True:
             try:
+                if self._watched:
+                    # The reports of what was delivered are handed over in here.
+                    self._producer.flush(SLICE_SECONDS)
                 self._producer.commit_transaction(SLICE_SECONDS)
             except KafkaException as exception:
                 error = error_of(exception)
                 if not (error.retriable() or error.code() in AWAY) or error.fatal():
-                    raise translate(error, committing=True) from exception
+                    raise self._judged(error) from exception
                 now = time.monotonic()
                 if asked is None and self._stop():
                     asked = now
@@ -139,6 +186,15 @@ class TransactionalProducer:
             else:
                 self.in_transaction = False
                 return
+
+    def _judged(self, error: KafkaError) -> Exception:
+        fault = translate(error, committing=True)
+        if not isinstance(fault, Refused):
+            return fault
+        # The client tells records of a batch apart when several are refused; of one, all bear the batch's error.
+        culprits = {place: reason for place, where, reason in self._accused if where in self._named}
+        suspects = [place for place, where, _ in self._accused if where not in self._named]
+        return Refused(error, culprits, suspects, self._own_culprit)
 
     def abort(self) -> None:
         """Abort, if there is something to abort; a producer that cannot is left to its discarding."""

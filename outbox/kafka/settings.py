@@ -32,6 +32,7 @@ GUARDED: Mapping[str, str] = {
     "bootstrap.servers": "set kafka_bootstrap_servers instead",
     "metadata.broker.list": "set kafka_bootstrap_servers instead",
     "message.max.bytes": "the topics' limits decide; it is set above them",
+    "batch.num.messages": "finding a refused record depends on it",
     "batch.size": "it follows from the topics' limits",
 }
 

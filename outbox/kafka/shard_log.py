@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from outbox.config import Config
 from outbox.dead_letter import DeadLetter, entity_key
 from outbox.entity_type import EntityType
+from outbox.errors import TopicError
 from outbox.kafka import reader
 from outbox.kafka.admin import Admin
 from outbox.kafka.producer import TransactionalProducer
 from outbox.message import Message
-from outbox.topic import dead_letters_topic, positions_topic, refusals
+from outbox.topic import dead_letters_topic, positions_topic, troubles
 
 # The client's own cap on one record; the topic's limit is what counts, and it is checked before.
 _MESSAGE_MAX_BYTES = 200_000_000
 _BATCH_SIZE = 1_000_000
+_QUEUE_KBYTES = 65_536
 _POSITION_KEY = b"position"
 
 
@@ -41,38 +43,64 @@ class ShardLog:
         self._dead_letters = dead_letters_topic(name)
         self._producer: TransactionalProducer | None = None
         self._batch_size = _BATCH_SIZE
+        self._queue_kbytes = _QUEUE_KBYTES
         self.limits: dict[str, int] = {}
 
     # -- before anything is written ----------------------------------------------------------------------------
 
-    def check(self, types: Mapping[str, EntityType], *, shards: int) -> None:
-        """Refuse topics that are missing or would lose data; `TopicError` with the command that mends it."""
+    def check(self, types: Mapping[str, EntityType], *, shards: int) -> Mapping[str, TopicError]:
+        """Look at all topics; by topic, what is wrong with those of states, and the command that mends it.
+
+        Trouble with the outbox's own topics is raised.
+        """
         names = {self._positions, self._dead_letters, *(t.topic for t in types.values())}
         with Admin(self._config.kafka_bootstrap_servers, self._config.kafka) as client:
             topics = client.describe(names)
-        refusals(topics, types, positions=self._positions, dead_letters=self._dead_letters, shards=shards)
+        found = troubles(topics, types, positions=self._positions, dead_letters=self._dead_letters, shards=shards)
+        for own in (self._positions, self._dead_letters):
+            if own in found:
+                raise found[own]
         self.limits = {name: topic.max_message_bytes for name, topic in topics.items()}
         # A batch is judged as a whole, after compression: it must fit into every topic it may go to.
         batch_size = min(_BATCH_SIZE, *(limit - 1024 for limit in self.limits.values()))
-        if batch_size != self._batch_size:
-            self._batch_size = batch_size
+        # The client's memory is bounded, but holds the largest record that there may be, twice.
+        queue_kbytes = max(_QUEUE_KBYTES, 2 * max(self.limits.values()) // 1024)
+        if (batch_size, queue_kbytes) != (self._batch_size, self._queue_kbytes):
+            self._batch_size, self._queue_kbytes = batch_size, queue_kbytes
             if self._producer is not None:
                 self.renew()
+        return found
 
     # -- the producer ------------------------------------------------------------------------------------------
 
     def take(self) -> None:
         """Fence any other holder of this shard and end what it left open."""
-        self._producer = TransactionalProducer(
+        self._make()
+
+    def _make(self, *, alone: bool = False) -> TransactionalProducer:
+        made = self._producer = TransactionalProducer(
             self._config.kafka_bootstrap_servers,
             self._config.kafka,
             transactional_id=transactional_id(self._name, self._shard),
             transaction_timeout_ms=round(self._config.transaction_timeout * 1000),
             batch_size=self._batch_size,
             message_max_bytes=_MESSAGE_MAX_BYTES,
+            queue_kbytes=self._queue_kbytes,
             stop=self._stop,
+            alone=alone,
         )
-        self._producer.init()
+        made.init()
+        return made
+
+    def probe(self, messages: Sequence[Message]) -> Mapping[int, str]:
+        """Find out which of some messages are refused, by their places, and why; `renew` comes after it."""
+        self.discard()
+        producer = self._make(alone=True)
+        producer.begin(watched=True)
+        self.send_all(messages)
+        culprits = producer.probe()
+        self.discard()
+        return culprits
 
     def renew(self) -> None:
         """Take a fresh producer: after a refusal the old one's sequence numbers are out of step."""
@@ -90,9 +118,9 @@ class ShardLog:
         """Whether a transaction was begun and neither committed nor aborted."""
         return self._producer is not None and self._producer.in_transaction
 
-    def begin(self) -> None:
-        """Begin a transaction."""
-        self._open().begin()
+    def begin(self, *, watched: bool = False) -> None:
+        """Begin a transaction; when it is `watched`, `Refused` names the records that the broker names."""
+        self._open().begin(watched=watched)
 
     def send_all(self, messages: Sequence[Message]) -> None:
         """Send state records; in order for each key."""

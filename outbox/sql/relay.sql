@@ -56,14 +56,18 @@ FROM (
     SELECT b.*, sum(size) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - size AS before
     FROM (
         (SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint AS created_ms,
-                e.content_type, e.cause, e.headers::text AS headers, coalesce(octet_length(e.state), 0) + 256 AS size
+                e.content_type, e.cause, e.headers::text AS headers,
+                256 + length(e.key) + coalesce(octet_length(e.state), 0) + coalesce(length(e.cause), 0)
+                + coalesce(length(e.headers::text), 0) AS size
          FROM {schema}.entries e
          WHERE e.shard = %(shard)s::smallint AND e.id > %(above)s::bigint AND e.id <= %(upto)s::bigint
            AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
          ORDER BY e.id LIMIT {batch_rows})
         UNION ALL
         (SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint,
-                e.content_type, e.cause, e.headers::text, coalesce(octet_length(e.state), 0) + 256
+                e.content_type, e.cause, e.headers::text,
+                256 + length(e.key) + coalesce(octet_length(e.state), 0) + coalesce(length(e.cause), 0)
+                + coalesce(length(e.headers::text), 0)
          FROM {schema}.entries e
          WHERE e.shard = %(shard)s::smallint AND e.xid >= %(xmax1)s::text::xid8
            AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
@@ -71,7 +75,9 @@ FROM (
          ORDER BY e.id + 0 LIMIT {batch_rows})
         UNION ALL
         (SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint,
-                e.content_type, e.cause, e.headers::text, coalesce(octet_length(e.state), 0) + 256
+                e.content_type, e.cause, e.headers::text,
+                256 + length(e.key) + coalesce(octet_length(e.state), 0) + coalesce(length(e.cause), 0)
+                + coalesce(length(e.headers::text), 0)
          FROM {schema}.entries e
          WHERE e.shard = %(shard)s::smallint AND e.xid = ANY (%(xip1)s::text::xid8[])
            AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
@@ -90,7 +96,9 @@ FROM (
     SELECT b.*, sum(size) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - size AS before
     FROM (
         SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint AS created_ms,
-               e.content_type, e.cause, e.headers::text AS headers, coalesce(octet_length(e.state), 0) + 256 AS size
+               e.content_type, e.cause, e.headers::text AS headers,
+                256 + length(e.key) + coalesce(octet_length(e.state), 0) + coalesce(length(e.cause), 0)
+                + coalesce(length(e.headers::text), 0) AS size
         FROM {schema}.entries e
         WHERE e.shard = %(shard)s::smallint AND e.id > %(above)s::bigint AND e.id <= %(upto)s::bigint
           AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])

@@ -18,7 +18,7 @@ from outbox.batch import Batch, Entity, Request
 from outbox.config import Config
 from outbox.dead_letter import DeadLetter
 from outbox.entity_type import EntityType
-from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, OutboxError
+from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, OutboxError, TopicError
 from outbox.kafka.faults import Aborted, Fault, Fenced, Unknown
 from outbox.lineage import Head
 from outbox.message import Message
@@ -54,6 +54,7 @@ class Fields:
     dead: tuple[tuple[Entity, int], ...] = ()
     ahead: Batch | None = None
     inherited: bool = False
+    held: bool = False
     generation: int | None = None
     over: str = ""
 
@@ -167,6 +168,7 @@ class _Run:
         made._dead = dict(fields.dead)
         made._inherited = fields.inherited
         made._types_seen = 1
+        made._has_held = fields.held
         if fields.ahead is not None:
             made._ahead = Future()
             made._ahead.set_result(fields.ahead)
@@ -184,6 +186,7 @@ class _Run:
             tuple(sorted(shard._dead.items())),
             ahead.result() if ahead is not None and ahead.exception() is None else None,
             shard._inherited,
+            shard._has_held,
             self.source.generation,
         )
 
@@ -252,14 +255,17 @@ class _Log:
         self._letters: dict[Entity, int | None] = {}
         self._position: bytes | None = None
 
-    def check(self, types: Mapping[str, EntityType], *, shards: int) -> None:
-        """The topics are as they should be."""
+    def check(self, types: Mapping[str, EntityType], *, shards: int) -> Mapping[str, TopicError]:
+        return {}
 
     def take(self) -> None:
         self.producer = self._run.ask("take")
 
     def renew(self) -> None:
         self.take()
+
+    def probe(self, messages: Sequence[Message]) -> Mapping[int, str]:
+        return {}
 
     def read_position(self) -> bytes | None:
         found: bytes = self._run.ask("read_position")
@@ -272,7 +278,7 @@ class _Log:
         found = self._run.ask("read_dead_letters") or ()
         return [DeadLetter(number, of, key, "topic", "", "", 0, 1, 0) for (of, key), number in found]
 
-    def begin(self) -> None:
+    def begin(self, *, watched: bool = False) -> None:
         self.in_transaction = True
         self._records, self._letters, self._position = [], {}, None
 

@@ -1,6 +1,8 @@
 -- Removes everything that version 1 made. The schema itself goes with outbox/schema.py, if it is empty then.
 DROP FUNCTION {schema}.prune_slot(smallint, jsonb)
 --;
+DROP FUNCTION {schema}.uncovered(regclass, smallint, bigint, bigint, xid8, xid8[])
+--;
 DROP FUNCTION {schema}.adopt(bigint, bigint, bigint, text)
 --;
 DROP FUNCTION {schema}.lock(text, text)
