@@ -18,11 +18,20 @@ from alembic.util import DispatchPriority, msg
 from sqlalchemy import exc
 
 from outbox import capture as _capture
-from outbox.errors import CaptureError, ConfigError, OutboxError, WrongOutboxError
+from outbox.errors import (
+    CaptureError,
+    ConfigError,
+    DatabaseError,
+    OutboxError,
+    SchemaError,
+    UnknownTypeError,
+    WrongOutboxError,
+)
 from outbox.schema import (
     NEWEST,
     Settings,
     create_schema,
+    do,
     drop_schema,
     grants,
     literal,
@@ -34,11 +43,23 @@ from outbox.topic import check_settings
 
 
 class _Statements(MigrateOperation):
-    """An operation that is nothing but statements, and maybe a look beforehand."""
+    """An operation that is nothing but statements, and maybe a look beforehand.
 
-    def __init__(self, statements: Iterable[str], look: Callable[[Any], None] | None = None) -> None:
+    `refused`: the class of error for what the statements refuse by an SQLSTATE of the outbox; None: by that state.
+    """
+
+    def __init__(
+        self,
+        statements: Iterable[str],
+        look: Callable[[Any], None] | None = None,
+        *,
+        schema: str,
+        refused: type[OutboxError] | None = None,
+    ) -> None:
         self.statements = statements
         self.look = look
+        self.schema = schema
+        self.refused = refused
 
 
 @Operations.implementation_for(_Statements)
@@ -49,22 +70,48 @@ def _run(operations: Operations, operation: _Statements) -> None:
             context.impl.static_output(statement + ";\n")
         return
     bind = operations.get_bind()
-    if operation.look is not None:
-        operation.look(bind)
-    for statement in operation.statements:
-        try:
+    try:
+        if operation.look is not None:
+            operation.look(bind)
+        for statement in operation.statements:
             bind.exec_driver_sql(statement, execution_options={"no_parameters": True})
-        except exc.DBAPIError as error:
-            raise _translated(error) from error
+    except exc.DBAPIError as error:
+        raise _translated(error, operation) from error
 
 
-def _translated(error: exc.DBAPIError) -> Exception:
+_REFUSED: Mapping[str, type[OutboxError]] = {
+    "OB001": UnknownTypeError,
+    "OB020": CaptureError,
+    "OB021": CaptureError,
+}
+
+
+def _translated(error: exc.DBAPIError, operation: _Statements) -> Exception:
     code = getattr(error.orig, "sqlstate", None)
     diag = getattr(error.orig, "diag", None)
-    if code in {"OB020", "OB021"} and diag is not None:
-        return CaptureError(str(diag.message_primary), cure=str(diag.message_hint or ""))
-    if code is not None and code.startswith("OB") and diag is not None:
-        return OutboxError(str(diag.message_primary), cure=str(diag.message_hint or ""))
+    if code is None or diag is None:
+        return error
+    said = str(diag.message_primary)
+    if code.startswith("OB"):
+        return (operation.refused or _REFUSED.get(code, OutboxError))(said, cure=str(diag.message_hint or ""))
+    if code == "25P01":
+        return CaptureError(
+            f"A table can only be captured inside a transaction: {said}.",
+            cure="Run the migration without AUTOCOMMIT and outside of autocommit_block(): a failure would leave the "
+            "table half captured.",
+        )
+    if code == "42501":
+        return DatabaseError(
+            f"PostgreSQL denied it to the role that migrates: {said}.",
+            cure=f'Migrate as the owner of the schema "{operation.schema}" and of the captured tables. Where the role '
+            f"may not create the schema, let the database's owner: CREATE SCHEMA {quote(operation.schema)} "
+            "AUTHORIZATION ROLE.",
+        )
+    if code in {"3F000", "42P01"} and quote(operation.schema).strip('"') in said:
+        return SchemaError(
+            f'There is no outbox in the schema "{operation.schema}" of this database: {said}.',
+            cure="Create it in an earlier revision: op.outbox_create(...), or name its schema: schema=NAME.",
+        )
     return error
 
 
@@ -100,7 +147,7 @@ class OutboxCreate:
         for number in range(1, version + 1):
             made += statements_up(number, settings)
         made += grants(schema, writers=writers, relay=relay)
-        operations.invoke(_Statements(made))
+        operations.invoke(_Statements(made, schema=schema))
 
 
 @_operation("outbox_drop")
@@ -115,23 +162,15 @@ class OutboxDrop:
         def look(bind: Any) -> None:
             entries = bind.exec_driver_sql(f"SELECT count(*) FROM {quote(schema)}.entries").scalar()
             types = bind.exec_driver_sql(f"SELECT count(*) FROM {quote(schema)}.entity_types").scalar()
-            captured = bind.exec_driver_sql(
-                f"SELECT string_agg(table_name, ', ') FROM {quote(schema)}.captures"
-            ).scalar()
-            if captured:
-                raise CaptureError(
-                    f"The outbox cannot be removed while tables are captured: {captured}.",
-                    cure="Release each before: op.outbox_release(TABLE).",
-                )
             msg(
                 f"Removing the outbox {schema}: {entries} entries and {types} entity types are deleted; what was not "
                 "published is lost, topics stay."
             )
 
-        gone: list[str] = []
+        gone = [_capture.refuse_captured(schema)]
         for number in range(version, 0, -1):
             gone += statements_down(number, settings)
-        operations.invoke(_Statements([*gone, drop_schema(schema)], look))
+        operations.invoke(_Statements([*gone, drop_schema(schema)], look, schema=schema))
 
 
 @_operation("outbox_upgrade")
@@ -148,7 +187,7 @@ class OutboxUpgrade:
             )
         settings = Settings(None, schema)
         for number in range(from_version + 1, to_version + 1):
-            operations.invoke(_Statements(statements_up(number, settings)))
+            operations.invoke(_Statements(statements_up(number, settings), schema=schema))
 
 
 @_operation("outbox_downgrade")
@@ -165,7 +204,7 @@ class OutboxDowngrade:
             )
         settings = Settings(None, schema)
         for number in range(from_version, to_version, -1):
-            operations.invoke(_Statements(statements_down(number, settings)))
+            operations.invoke(_Statements(statements_down(number, settings), schema=schema))
 
 
 @_operation("outbox_grant")
@@ -177,7 +216,7 @@ class OutboxGrant:
         cls, operations: Operations, *, writers: Sequence[str] = (), relay: str | None = None, schema: str = "outbox"
     ) -> None:
         """Let roles write entries, and one role publish them."""
-        operations.invoke(_Statements(grants(schema, writers=writers, relay=relay)))
+        operations.invoke(_Statements(grants(schema, writers=writers, relay=relay), schema=schema))
 
 
 @_operation("outbox_add_type")
@@ -208,7 +247,8 @@ class OutboxAddType:
     (name, topic, topic_settings, collapse, max_bytes, source)
 VALUES ({literal(name)}, {literal(topic)}, {_json(settings)}, {_bool(collapse)}, {max_bytes},
     {"NULL" if source is None else literal(source)})"""
-                ]
+                ],
+                schema=schema,
             )
         )
 
@@ -254,7 +294,8 @@ class OutboxChangeType:
         RAISE EXCEPTION 'outbox: there is no entity type "%"', {literal(name)} USING ERRCODE = 'OB001';
     END IF;
 END $outbox$"""
-                ]
+                ],
+                schema=schema,
             )
         )
 
@@ -266,7 +307,13 @@ class OutboxRemoveType:
     @classmethod
     def invoke(cls, operations: Operations, name: str, *, schema: str = "outbox") -> None:
         """Remove an entity type; its topic stays, and so do its entries (unpublished ones are dead-lettered)."""
-        operations.invoke(_Statements([f"DELETE FROM {quote(schema)}.entity_types WHERE name = {literal(name)}"]))
+        body = f"""
+BEGIN
+    DELETE FROM {quote(schema)}.entity_types WHERE name = {literal(name)};
+{_or_unknown(name)}
+END
+"""
+        operations.invoke(_Statements([_capture.refuse_captured(schema, type=name), do(body)], schema=schema))
 
 
 @_operation("outbox_capture")
@@ -280,7 +327,7 @@ class OutboxCapture:
         table: str,
         *,
         type: str,
-        key: Sequence[str] = ("id",),
+        key: str | Sequence[str] = ("id",),
         columns: Sequence[str] | None = None,
         state: str | None = None,
         existing_rows: bool = True,
@@ -291,10 +338,11 @@ class OutboxCapture:
         """Publish every change of a table by a trigger; `outbox.capture.Capture` says what the values mean.
 
         `existing_rows` writes an entry for each row that is there, in the same transaction: the table is locked
-        against writers until the migration commits.
+        against writers until the migration commits. The migration must run in READ COMMITTED then.
         """
-        captured = _capture.Capture(table, type, tuple(key), columns, state, truncate, table_schema, schema)
-        operations.invoke(_Statements(_capture.statements(captured, existing_rows=existing_rows)))
+        captured = _capture.Capture(table, type, key, columns, state, truncate, table_schema, schema)
+        made = _capture.statements(captured, existing_rows=existing_rows)
+        operations.invoke(_Statements(made, schema=schema, refused=CaptureError))
 
 
 @_operation("outbox_release")
@@ -305,8 +353,19 @@ class OutboxRelease:
     def invoke(
         cls, operations: Operations, table: str, *, table_schema: str = "public", schema: str = "outbox"
     ) -> None:
-        """End a capture; entries, topic and entity type stay."""
-        operations.invoke(_Statements(_capture.release_statements(table, table_schema=table_schema, schema=schema)))
+        """End a capture; entries, topic and entity type stay.
+
+        A table that is gone, or has another name now, is released by the name under which it was captured.
+        """
+        gone = _capture.release_statements(table, table_schema=table_schema, schema=schema)
+        operations.invoke(_Statements(gone, schema=schema))
+
+
+def _or_unknown(name: str) -> str:
+    return f"""    IF NOT FOUND THEN
+        RAISE EXCEPTION 'outbox: there is no entity type "%"', {literal(name)} USING ERRCODE = 'OB001',
+            HINT = 'See them: outbox types list.';
+    END IF;"""
 
 
 def check_name(found: str, asked: str | None) -> None:

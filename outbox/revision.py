@@ -74,7 +74,7 @@ def migrate(
                         f'The outbox "{found}" was made by a service\'s own migrations.',
                         cure="Upgrade it there: outbox revision, then alembic upgrade head.",
                     )
-            connection.execute(text(create_schema(schema)))
+            connection.exec_driver_sql(create_schema(schema), execution_options={"no_parameters": True})
             config.attributes["connection"] = connection
             if to == "base":
                 command.downgrade(config, to)

@@ -51,10 +51,9 @@ class Settings:
     """What is fixed when an outbox is made.
 
     `name` prefixes its transactional ids and its own topics (None: the database's name). `schema` holds its tables.
-    `shards` is the number of
-    shares of the keys. `retention` (a number and a unit, `7 days`) is how long published entries are kept, in a ring
-    of `slots` slots. `doorbell` is off for an outbox whose writers use two-phase commit. `ConfigError` for values
-    that cannot be used.
+    `shards` is the number of shares of the keys. `retention` (a number and a unit, `7 days`) is how long published
+    entries are kept, in a ring of `slots` slots. `doorbell` is off for an outbox whose writers use two-phase commit.
+    `ConfigError` for values that cannot be used.
     """
 
     name: str | None
@@ -128,18 +127,40 @@ def statements_down(version: int, settings: Settings) -> list[str]:
     return [s.format_map(settings.placeholders()) for s in _file(version, "down")]
 
 
+def do(body: str) -> str:
+    """A statement that runs a PL/pgSQL block."""
+    return f"DO {dollars(body)}"
+
+
+def dollars(body: str) -> str:
+    """A text between dollars, with a word between them that the text does not hold."""
+    word = "outbox"
+    while f"${word}$" in body:
+        word += "_"
+    return f"${word}${body}${word}$"
+
+
 def create_schema(schema: str) -> str:
     """The statement that makes the schema, if it is not there."""
-    return f"CREATE SCHEMA IF NOT EXISTS {quote(schema)}"
+    # Looked for first: IF NOT EXISTS is denied to a role that may not create schemas, though it owns this one.
+    return do(f"""
+BEGIN
+    IF to_regnamespace({literal(quote(schema))}) IS NULL THEN
+        CREATE SCHEMA {quote(schema)};
+    END IF;
+END
+""")
 
 
 def drop_schema(schema: str) -> str:
     """The statement that removes the schema, if nothing of others is in it."""
-    return f"""DO $body$ BEGIN
+    return do(f"""
+BEGIN
     DROP SCHEMA {quote(schema)};
 EXCEPTION WHEN dependent_objects_still_exist THEN
     RAISE NOTICE 'outbox: the schema holds other things and stays';
-END $body$"""
+END
+""")
 
 
 def grants(schema: str, *, writers: Sequence[str] = (), relay: str | None = None) -> Iterator[str]:

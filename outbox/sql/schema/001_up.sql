@@ -51,12 +51,17 @@ CREATE TABLE {schema}.entity_types (
 --;
 -- Tables whose rows are published by a trigger; op.outbox_capture fills it.
 CREATE TABLE {schema}.captures (
-    table_schema text   NOT NULL,
-    table_name   text   NOT NULL,
-    type         text   NOT NULL,
-    key_columns  text[] NOT NULL,
-    state        text   NOT NULL,
-    on_truncate  text   NOT NULL CHECK (on_truncate IN ('refuse', 'tombstones')),
+    table_schema  text   NOT NULL,
+    table_name    text   NOT NULL,
+    -- Once: two tables under one type would overwrite each other's keys. A type whose table is captured stays.
+    type          text   NOT NULL UNIQUE REFERENCES {schema}.entity_types,
+    key_columns   text[] NOT NULL,
+    state         text   NOT NULL,
+    on_truncate   text   NOT NULL CHECK (on_truncate IN ('refuse', 'tombstones')),
+    -- The trigger function, in this schema.
+    function_name text   NOT NULL,
+    -- The source query that goes with it; the type has it, unless it had one of its own.
+    source        text   NOT NULL,
     PRIMARY KEY (table_schema, table_name)
 )
 --;
@@ -162,8 +167,8 @@ BEGIN
                   HINT = 'Register it in a migration (op.outbox_add_type) or with: outbox types add NAME --topic TOPIC';
     END IF;
     IF coalesce(check_entry.key, '') = '' OR octet_length(check_entry.key) > 1024 THEN
-        RAISE EXCEPTION 'outbox: the key of an entity of type "%" has % bytes; it needs 1 to 1024', check_entry.type,
-                coalesce(octet_length(check_entry.key), 0)
+        RAISE EXCEPTION 'outbox: the key "%" of an entity of type "%" has % bytes; it needs 1 to 1024',
+                left(check_entry.key, 100), check_entry.type, coalesce(octet_length(check_entry.key), 0)
             USING ERRCODE = 'OB002', HINT = 'Use the entity''s primary key as text.';
     END IF;
     IF check_entry.bytes > most THEN
