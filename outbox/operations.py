@@ -6,6 +6,7 @@ function bodies. Importing this module also keeps autogenerate and `alembic chec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -81,6 +82,7 @@ def _run(operations: Operations, operation: _Statements) -> None:
 
 _REFUSED: Mapping[str, type[OutboxError]] = {
     "OB001": UnknownTypeError,
+    "OB006": ConfigError,
     "OB020": CaptureError,
     "OB021": CaptureError,
 }
@@ -240,17 +242,20 @@ class OutboxAddType:
         """Register an entity type; `outbox.entity_type.EntityType` says what the values mean."""
         settings = dict(topic_settings or {}) | ({} if partitions is None else {"partitions": partitions})
         check_settings(settings, where=f'The entity type "{name}"')
-        operations.invoke(
-            _Statements(
-                [
-                    f"""INSERT INTO {quote(schema)}.entity_types
-    (name, topic, topic_settings, collapse, max_bytes, source)
-VALUES ({literal(name)}, {literal(topic)}, {_json(settings)}, {_bool(collapse)}, {max_bytes},
-    {"NULL" if source is None else literal(source)})"""
-                ],
-                schema=schema,
-            )
-        )
+        check_type(name, topic=topic, max_bytes=max_bytes)
+        body = f"""
+BEGIN
+    IF EXISTS (SELECT FROM {quote(schema)}.entity_types WHERE name = {literal(name)}) THEN
+        RAISE EXCEPTION 'outbox: the entity type "%" is there already', {literal(name)} USING ERRCODE = 'OB006',
+            HINT = 'Leave this out, or change the type: op.outbox_change_type(...).';
+    END IF;
+{_topic_is_free(schema, name, topic)}
+    INSERT INTO {quote(schema)}.entity_types (name, topic, topic_settings, collapse, max_bytes, source)
+    VALUES ({literal(name)}, {literal(topic)}, {_json(settings)}, {_bool(collapse)}, {max_bytes},
+            {"NULL" if source is None else literal(source)});
+END
+"""
+        operations.invoke(_Statements([do(body)], schema=schema))
 
 
 @_operation("outbox_change_type")
@@ -272,6 +277,7 @@ class OutboxChangeType:
     ) -> None:
         """Change an entity type; what is None stays. `topic_settings` replaces all of them."""
         check_settings(topic_settings or {}, where=f'The entity type "{name}"')
+        check_type(name, topic=topic, max_bytes=max_bytes)
         changes = [
             f"{column} = {text}"
             for column, value, text in (
@@ -285,19 +291,14 @@ class OutboxChangeType:
         ]
         if not changes:
             raise ConfigError(f'Nothing of the entity type "{name}" is to be changed.', cure="Name a value.")
-        operations.invoke(
-            _Statements(
-                [
-                    f"""DO $outbox$ BEGIN
+        body = f"""
+BEGIN
+{"" if topic is None else _topic_is_free(schema, name, topic)}
     UPDATE {quote(schema)}.entity_types SET {", ".join(changes)} WHERE name = {literal(name)};
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'outbox: there is no entity type "%"', {literal(name)} USING ERRCODE = 'OB001';
-    END IF;
-END $outbox$"""
-                ],
-                schema=schema,
-            )
-        )
+{_or_unknown(name)}
+END
+"""
+        operations.invoke(_Statements([do(body)], schema=schema))
 
 
 @_operation("outbox_remove_type")
@@ -361,6 +362,30 @@ class OutboxRelease:
         operations.invoke(_Statements(gone, schema=schema))
 
 
+def check_type(name: str, *, topic: str | None = None, max_bytes: int | None = None) -> None:
+    """Refuse what the table's constraints would, in words; None is not looked at."""
+    if not name or len(name.encode()) > 200:
+        raise ConfigError(f'"{name[:200]}" cannot be the name of an entity type.', cure="Use 1 to 200 bytes.")
+    if topic is not None and (not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", topic) or topic in {".", ".."}):
+        raise ConfigError(
+            f'"{topic[:260]}" cannot be the topic of the entity type "{name}".',
+            cure="A topic's name has letters, digits, dot, underscore and hyphen, at most 249.",
+        )
+    if max_bytes is not None and not 1 <= max_bytes <= 100_000_000:
+        raise ConfigError(
+            f'The states of the entity type "{name}" cannot have {max_bytes} bytes at most.',
+            cure="Use 1 to 100000000; the default is 1000000.",
+        )
+
+
+def _topic_is_free(schema: str, name: str, topic: str) -> str:
+    return f"""    IF EXISTS (SELECT FROM {quote(schema)}.entity_types t WHERE t.topic = {literal(topic)}
+               AND t.name <> {literal(name)}) THEN
+        RAISE EXCEPTION 'outbox: the topic % carries another entity type, so it cannot carry "%"', {literal(topic)},
+            {literal(name)} USING ERRCODE = 'OB006', HINT = 'The topic says the type: choose another one.';
+    END IF;"""
+
+
 def _or_unknown(name: str) -> str:
     return f"""    IF NOT FOUND THEN
         RAISE EXCEPTION 'outbox: there is no entity type "%"', {literal(name)} USING ERRCODE = 'OB001',
@@ -377,6 +402,22 @@ def check_name(found: str, asked: str | None) -> None:
         )
 
 
+_PLAIN = {"no_parameters": True}
+# The tables of every outbox of the database. An outbox is known by what no other schema has: a table may be called
+# entries, or captures, anywhere.
+_OURS = """
+SELECT n.nspname, c.relname, pg_table_is_visible(c.oid), has_table_privilege(c.oid, 'SELECT')
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p')
+  AND EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = n.oid AND p.proname = 'shard_of'
+              AND oidvectortypes(p.proargtypes) = 'text, text')
+  AND EXISTS (SELECT FROM pg_class e JOIN pg_attribute a ON a.attrelid = e.oid AND a.attname = 'xid'
+              WHERE e.relnamespace = n.oid AND e.relname = 'entries' AND a.atttypid = 'xid8'::regtype)
+  AND (c.relname ~ '^entries(_[0-9]+)?$' OR c.relname IN ('settings', 'entity_types', 'captures', 'requests',
+                                                          'request_outcomes', 'alembic_version'))
+"""
+
+
 # Last of all: by then the others have said what they want to drop.
 @comparators.dispatch_for("schema", priority=DispatchPriority.LAST)
 def _keep_ours(context: AutogenContext, upgrade: UpgradeOps, schemas: Iterable[str | None]) -> None:
@@ -385,21 +426,21 @@ def _keep_ours(context: AutogenContext, upgrade: UpgradeOps, schemas: Iterable[s
     connection = context.connection
     if connection is None:
         return
-    # Every outbox of the database; its schema may come first in the search path, where it has no name.
-    ours = {
-        (schema, table)
-        for schema, table in connection.exec_driver_sql(
-            "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.relkind IN ('r', 'p') AND EXISTS (SELECT FROM pg_class e WHERE e.relnamespace = n.oid "
-            "AND e.relname = 'captures') AND (c.relname ~ '^entries(_[0-9]+)?$' OR c.relname IN "
-            "('settings', 'entity_types', 'captures', 'requests', 'request_outcomes'))"
-        )
-    }
-    front = connection.exec_driver_sql("SELECT current_schema()").scalar()
+    ours: set[tuple[str | None, str]] = set()
+    for schema, table, visible, readable in connection.exec_driver_sql(_OURS, execution_options=_PLAIN):
+        if table == "alembic_version" and readable:
+            # Alembic's own name: ours only where `outbox migrate` wrote it.
+            query = f"SELECT count(*) FROM {quote(schema)}.alembic_version WHERE version_num LIKE 'outbox\\_%'"
+            if not connection.exec_driver_sql(query, execution_options=_PLAIN).scalar():
+                continue
+        ours.add((schema, table))
+        if visible:
+            # Wherever its schema stands in the search path: autogenerate sees it without one.
+            ours.add((None, table))
 
     def dropped(operation: MigrateOperation) -> bool:
         if isinstance(operation, DropTableOp | DropIndexOp):
-            return ((operation.schema or front), operation.table_name) in ours
+            return (operation.schema, operation.table_name) in ours
         if isinstance(operation, ModifyTableOps):
             operation.ops = [inner for inner in operation.ops if not dropped(inner)]
             return not operation.ops

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from psycopg import errors as pg
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
 
+from outbox import current, key, operations
 from outbox import schema as outbox_schema
-from outbox.errors import ConfigError, SchemaError, WrongOutboxError
+from outbox.entity_type import EntityType
+from outbox.errors import ConfigError, SchemaError, UnknownTypeError, WrongOutboxError
 from outbox.revision import migrate, migration_script, write_revision
 
 pytestmark = pytest.mark.postgres
@@ -179,26 +188,59 @@ def test_several_heads_are_refused_until_one_is_named(service: Service) -> None:
         write_revision(service.ini)
 
 
+def first_in_path(path: str) -> str:
+    """What env.py does, so that the search path is another one."""
+    return f"connection.execute(text('SET search_path = {path}')); connection.commit()"
+
+
+def removed(said: str) -> set[str]:
+    """The tables that `alembic check` wants to drop."""
+    return set(re.findall(r"\('remove_table', Table\('(\w+)'", said))
+
+
+@pytest.mark.parametrize("by_migrate", [False, True], ids=["by its own revision", "by outbox migrate"])
 @pytest.mark.parametrize(
     ("options", "prepare"),
     [
         ("", "pass"),
         ("include_schemas=True", "pass"),
-        ("", "connection.execute(text('SET search_path = outbox, public')); connection.commit()"),
+        ("version_table_schema='public'", first_in_path("outbox, public")),
+        ("version_table_schema='public', include_schemas=True", first_in_path("outbox, public")),
+        ("", first_in_path("public, outbox")),
     ],
-    ids=["plain", "include_schemas", "our schema first"],
+    ids=["plain", "include_schemas", "our schema first", "our schema first, include_schemas", "our schema last"],
 )
-def test_autogenerate_does_not_want_to_drop_our_tables(service: Service, options: str, prepare: str) -> None:
-    """However the service looks at its database; the version table stays where it was."""
+def test_autogenerate_does_not_want_to_drop_our_tables(
+    service: Service, options: str, prepare: str, by_migrate: bool
+) -> None:
+    """However the service looks at its database; also Alembic's own table, where `outbox migrate` made it."""
+    if by_migrate:
+        migrate(plain(service), name="shop")
+    else:
+        write_revision(service.ini)
+        service.alembic("upgrade", "head")
+    # The search path hides the service's version table: it must be named then.
+    service.env(options=options, prepare=prepare)
+    said = service.alembic("check", ok=False)
+    # Alembic does not know its own table again, where env.py names its schema and the search path shows it without.
+    assert removed(said) <= ({"alembic_version"} if "outbox, public" in prepare else set())
+    assert "remove_index" not in said
+    if "outbox, public" not in prepare:
+        assert "No new upgrade operations detected" in said
+
+
+def test_tables_of_the_services_own_are_not_taken_for_ours(service: Service) -> None:
+    """A table may be called captures, entries or settings anywhere; an outbox has more than that."""
     write_revision(service.ini)
     service.alembic("upgrade", "head")
-    # The search path hides the service's version table: it must be named then.
-    service.env(options=options or "version_table_schema='public'" * ("search_path" in prepare), prepare=prepare)
+    with psycopg.connect(plain(service)) as connection:
+        for table in ("captures", "settings", "entries", "requests"):
+            connection.execute(f"CREATE TABLE {table} (id int, xid text)".encode())
+        connection.execute("CREATE TABLE outbox.mine (id int)")
+    service.env(options="include_schemas=True")
     said = service.alembic("check", ok=False)
-    assert "entries" not in said
-    assert "entity_types" not in said
-    if "search_path" not in prepare:
-        assert "No new upgrade operations detected" in said
+    assert removed(said) == {"captures", "settings", "entries", "requests", "mine"}
+    assert said.count("remove_table") == 5
 
 
 def test_without_our_comparator_autogenerate_wants_to_drop_them(service: Service) -> None:
@@ -283,3 +325,94 @@ def test_the_relays_role_reads_and_calls_its_functions_only(outbox_database: str
         connection.execute("RESET ROLE")
         connection.execute("DROP OWNED BY carrier")
         connection.execute("DROP ROLE carrier")
+
+
+def operate(url: str, operation: str, /, *arguments: Any, **options: Any) -> None:
+    """Call an operation as a revision does."""
+    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"), poolclass=NullPool)
+    with engine.begin() as connection:
+        getattr(Operations(MigrationContext.configure(connection)), operation)(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name", "options", "why"),
+    [
+        ("outbox_add_type", "new", {"topic": "bad topic"}, "cannot be the topic"),
+        ("outbox_add_type", "new", {"topic": ".."}, "cannot be the topic"),
+        ("outbox_add_type", "", {"topic": "t"}, "cannot be the name of an entity type"),
+        ("outbox_add_type", "é" * 101, {"topic": "t"}, "cannot be the name of an entity type"),
+        ("outbox_add_type", "new", {"topic": "t", "max_bytes": 0}, "cannot have 0 bytes at most"),
+        ("outbox_add_type", "new", {"topic": "t", "max_bytes": 2**31}, "cannot have 2147483648 bytes"),
+        ("outbox_add_type", "item", {"topic": "t"}, '"item" is there already'),
+        ("outbox_add_type", "new", {"topic": "item"}, "the topic item carries another entity type"),
+        ("outbox_change_type", "item", {"topic": "bad topic"}, "cannot be the topic"),
+        ("outbox_change_type", "item", {"topic": "other"}, "the topic other carries another entity type"),
+        ("outbox_change_type", "item", {"max_bytes": -1}, "cannot have -1 bytes at most"),
+        ("outbox_change_type", "item", {}, "is to be changed"),
+    ],
+)
+def test_a_type_that_cannot_be_is_refused_with_the_cure(
+    outbox_database: str, operation: str, name: str, options: dict[str, Any], why: str
+) -> None:
+    """Not by a constraint's name."""
+    operate(outbox_database, "outbox_add_type", "item", topic="item")
+    operate(outbox_database, "outbox_add_type", "other", topic="other")
+    with pytest.raises(ConfigError, match=why) as caught:
+        operate(outbox_database, operation, name, **options)
+    assert caught.value.cure
+
+
+def test_a_type_may_be_changed_to_its_own_topic_and_an_unknown_one_is_said(outbox_database: str) -> None:
+    """What stays the same is no conflict."""
+    operate(outbox_database, "outbox_add_type", "it'em", topic="item", source="SELECT ':x', '%s'", partitions=3)
+    operate(outbox_database, "outbox_change_type", "it'em", topic="item", max_bytes=5)
+    with psycopg.connect(outbox_database) as connection:
+        row = connection.execute("SELECT name, topic, max_bytes, source, topic_settings FROM outbox.entity_types")
+        assert row.fetchall() == [("it'em", "item", 5, "SELECT ':x', '%s'", {"partitions": 3})]
+    with pytest.raises(UnknownTypeError, match="itme"):
+        operate(outbox_database, "outbox_change_type", "itme", max_bytes=5)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [
+        ("outbox_add_type", {"name": "item", "topic": "item"}),
+        ("outbox_remove_type", {"name": "item"}),
+        ("outbox_release", {"table": "item"}),
+        ("outbox_drop", {}),
+    ],
+)
+def test_an_operation_without_an_outbox_says_so(database_url: str, operation: str, arguments: dict[str, Any]) -> None:
+    """With the revision to write before."""
+    with pytest.raises(SchemaError, match='no outbox in the schema "outbox"') as caught:
+        operate(database_url, operation, **arguments)
+    assert "op.outbox_create" in caught.value.cure
+
+
+def test_what_is_stated_in_python_and_in_sql_is_equal(outbox_database: str) -> None:
+    """Key bytes, reserved headers, the default size of a state."""
+    with psycopg.connect(outbox_database, autocommit=True) as connection:
+        connection.execute("INSERT INTO outbox.entity_types (name, topic) VALUES ('item', 'item')")
+        default = connection.execute("SELECT max_bytes FROM outbox.entity_types").fetchone()
+        of_operation = inspect.signature(operations.OutboxAddType.invoke).parameters["max_bytes"].default
+        assert default == (of_operation,) == (EntityType("item", "item").max_bytes,)
+
+        insert = "INSERT INTO outbox.entries (type, key, state) VALUES ('item', %s, 'x')"
+        check = "SELECT outbox.check_entry('item', %s, 0, NULL)"
+        for statement, error in ((insert, pg.CheckViolation), (check, psycopg.Error)):
+            for good in ("k", "k" * key.MAX_KEY_BYTES, "é" * (key.MAX_KEY_BYTES // 2)):
+                connection.execute(statement, [good])
+                assert key.key_text("item", good) == good
+            for bad in ("", "k" * (key.MAX_KEY_BYTES + 1), "é" * (key.MAX_KEY_BYTES // 2) + "k"):
+                with pytest.raises(error):
+                    connection.execute(statement, [bad])
+
+        headers = "SELECT outbox.check_entry('item', 'k', 0, jsonb_build_object(%s::text, 'x'))"
+        for reserved in current._RESERVED:
+            with pytest.raises(psycopg.Error, match="headers"):
+                connection.execute(headers, [reserved])
+        for free in ("traceparent", "tenant", "Outbox-Id"):
+            connection.execute(headers, [free])
+        (body,) = connection.execute("SELECT prosrc FROM pg_proc WHERE proname = 'check_entry'").fetchone() or ("",)
+        (listed,) = re.findall(r"h\.key IN \((.*?)\)", body)
+        assert set(re.findall(r"'(.*?)'", listed)) == current._RESERVED
