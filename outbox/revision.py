@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ from sqlalchemy.pool import NullPool
 
 from outbox.database import libpq_url, place, translate
 from outbox.errors import ConfigError, DatabaseError, OutboxError
-from outbox.operations import check_name
+from outbox.operations import check_name, check_type
 from outbox.schema import NEWEST, create_schema, grants, quote
 
-_CREATES = re.compile(r"\bop\.outbox_create\(")
-_VERSIONS = re.compile(r"\b(?:version|to_version)=(\d+)")
+_IMPORT = "import outbox.operations  # noqa: F401  registers op.outbox_..."
+_IMPORTED = re.compile(r"^(?:import outbox\.operations|from outbox import .*\boperations\b)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def migrate(
             after, made = _present(connection, schema)
             return Migrated(before, after, made)
     except exc.DBAPIError as error:
-        raise _translated(error, url) from error
+        raise _translated(error, url, schema) from error
     except CommandError as error:
         raise DatabaseError(f"Alembic cannot migrate: {error}.", cure="See docs/operations.md, Migrations.") from error
     finally:
@@ -123,14 +124,18 @@ def write_revision(
     add_type: str | None = None,
     topic: str | None = None,
     capture: str | None = None,
+    type: str | None = None,
     key: Sequence[str] = ("id",),
     existing_rows: bool = True,
     head: str = "head",
+    version_path: Path | None = None,
 ) -> Path:
     """Write a revision into the service's versions folder, after its head; its path.
 
-    Without `add_type` and `capture` it creates the outbox, or upgrades it when the folder creates an older version;
-    `ConfigError` when there is nothing to do, or no Alembic environment, or several heads.
+    Without `add_type` and `capture` it creates the outbox, or upgrades it when the folder creates an older version.
+    `capture` names a table (`item`, `sales.item`); `type` the entity type of its rows, by default `add_type`, else the
+    table's name without its schema. `version_path` is the folder, where the service has several and `head` does not
+    tell. `ConfigError` when there is nothing to do, or no Alembic environment, or several heads.
     """
     if not ini.is_file():
         raise ConfigError(
@@ -142,10 +147,19 @@ def write_revision(
     heads = scripts.get_heads()
     if head == "head" and len(heads) > 1:
         raise ConfigError(f"The service has several heads: {', '.join(heads)}.", cure="Merge them, or give --head ONE.")
-    ups, downs, message = _body(
-        scripts, name=name, schema=schema, add_type=add_type, topic=topic, capture=capture, key=key,
-        existing_rows=existing_rows,
-    )  # fmt: skip
+    there = _Written(schema)
+    for written in reversed(list(scripts.walk_revisions())):
+        there.follow(Path(written.path))
+    if add_type is None and capture is None:
+        if topic is not None or type is not None:
+            raise ConfigError(
+                "A topic or a type alone says nothing.", cure="Give --add-type NAME --topic TOPIC, or --capture TABLE."
+            )
+        ups, downs, message = _outbox(there, name=name)
+    else:
+        ups, downs, message = _published(
+            there, add_type=add_type, topic=topic, capture=capture, type=type, key=key, existing_rows=existing_rows
+        )
     try:
         # Alembic says on standard output what it does; that belongs to whoever calls this.
         with redirect_stdout(io.StringIO()):
@@ -154,72 +168,211 @@ def write_revision(
                 message,
                 refresh=True,
                 head=head,
-                imports="import outbox.operations  # noqa: F401  registers op.outbox_...",
+                version_path=None if version_path is None else str(version_path),
+                imports=_IMPORT,
                 upgrades="\n    ".join(ups),
                 downgrades="\n    ".join(downs),
             )
     except CommandError as error:
-        raise ConfigError(f"Alembic cannot write the revision: {error}.", cure="Correct --head.") from error
+        folders = [str(place_) for place_ in scripts.version_locations or ()]
+        raise ConfigError(
+            f"Alembic cannot write the revision: {error}.",
+            cure=f"Name one of the folders of versions: --version-path {' or '.join(folders)}."
+            if "version locations" in str(error)
+            else "Correct --head.",
+        ) from error
     if script is None:
         raise ConfigError("Alembic wrote no revision.", cure="Look at the service's env.py and script.py.mako.")
-    return Path(script.path)
+    path = Path(script.path)
+    _with_import(path)
+    return path
 
 
-def _body(
-    scripts: ScriptDirectory,
+class _Written:
+    """What the service's revisions make of one outbox, followed from the first one on.
+
+    Only what is written as plain values is known: in a call with other ones the schema counts as this one, and
+    `unclear` says that types are registered whose names are not known.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self.schema = schema
+        self.created = False
+        self.version: int | None = None
+        self.types: set[str] = set()
+        self.tables: dict[tuple[str, str], str | None] = {}
+        self.unclear = False
+        self.unversioned: Path | None = None
+
+    def follow(self, path: Path) -> None:
+        """Take in the calls of a revision's `upgrade()`, in their order."""
+        tree = ast.parse(path.read_text("utf-8"))
+        constants = {
+            target.id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+
+        def value(node: ast.expr | None, default: object = None) -> object:
+            if node is None:
+                return default
+            if isinstance(node, ast.Name):
+                return constants.get(node.id)
+            return node.value if isinstance(node, ast.Constant) else None
+
+        for function in tree.body:
+            if not isinstance(function, ast.FunctionDef) or function.name != "upgrade":
+                continue
+            calls = [call for call in ast.walk(function) if isinstance(call, ast.Call)]
+            for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
+                if isinstance(call.func, ast.Attribute) and call.func.attr.startswith("outbox_"):
+                    named: dict[str | None, ast.expr] = {keyword.arg: keyword.value for keyword in call.keywords}
+                    given = {str(word): value(node) for word, node in named.items()}
+                    if given.get("schema", "outbox") in {self.schema, None}:
+                        first = value(call.args[0]) if call.args else None
+                        self._call(call.func.attr, first, given, path)
+
+    def _call(self, operation: str, first: object, given: Mapping[str, object], path: Path) -> None:
+        first = given.get("name", given.get("table")) if first is None else first
+        table = (str(given.get("table_schema", "public")), str(first))
+        match operation:
+            case "outbox_create":
+                self.created = True
+                self._at(given.get("version"), path)
+            case "outbox_upgrade":
+                self._at(given.get("to_version"), path)
+            case "outbox_drop":
+                self.created, self.version, self.unversioned = False, None, None
+                self.types.clear()
+                self.tables.clear()
+            case "outbox_add_type" if isinstance(first, str):
+                self.types.add(first)
+            case "outbox_add_type":
+                self.unclear = True
+            case "outbox_remove_type":
+                self.types.discard(str(first))
+            case "outbox_capture":
+                type_ = given.get("type")
+                self.tables[table] = type_ if isinstance(type_, str) else None
+            case "outbox_release":
+                self.tables.pop(table, None)
+
+    def _at(self, version: object, path: Path) -> None:
+        self.version = version if isinstance(version, int) else None
+        self.unversioned = path if self.version is None else None
+
+
+def _published(
+    there: _Written,
     *,
-    name: str | None,
-    schema: str,
     add_type: str | None,
     topic: str | None,
     capture: str | None,
+    type: str | None,
     key: Sequence[str],
     existing_rows: bool,
 ) -> tuple[list[str], list[str], str]:
-    in_schema = "" if schema == "outbox" else f", schema={schema!r}"
-    sources = [Path(script.path).read_text("utf-8") for script in scripts.walk_revisions()]
-    present = [source for source in sources if _CREATES.search(source)]
+    """What registers a type, captures a table, or both."""
+    in_schema = "" if there.schema == "outbox" else f", schema={there.schema!r}"
     ups: list[str] = []
     downs: list[str] = []
     said: list[str] = []
-    if add_type is not None or capture is not None:
-        type_name = add_type or capture or ""
-        if add_type is not None:
-            if topic is None:
-                raise ConfigError(f'The entity type "{add_type}" needs a topic.', cure="Give --topic TOPIC.")
-            ups.append(f"op.outbox_add_type({add_type!r}, topic={topic!r}{in_schema})")
-            downs.insert(0, f"op.outbox_remove_type({add_type!r}{in_schema})")
-            said.append(f"publish {add_type}")
-        if capture is not None:
-            table_schema, _, table = capture.rpartition(".")
-            of = f", table_schema={table_schema!r}" if table_schema else ""
-            rows = "" if existing_rows else ", existing_rows=False"
-            ups.append(f"op.outbox_capture({table!r}, type={type_name!r}, key={list(key)!r}{rows}{of}{in_schema})")
-            downs.insert(0, f"op.outbox_release({table!r}{of}{in_schema})")
-            said.append(f"capture {capture}")
-        if not present:
+    if not there.created:
+        raise ConfigError(
+            f'The service\'s revisions create no outbox in the schema "{there.schema}" yet.',
+            cure="Write that one first: outbox revision; or name the outbox's schema: --schema NAME.",
+        )
+    if add_type is not None:
+        if topic is None:
+            raise ConfigError(f'The entity type "{add_type}" needs a topic.', cure="Give --topic TOPIC.")
+        check_type(add_type, topic=topic)
+        if add_type in there.types:
             raise ConfigError(
-                "The service's revisions create no outbox yet.", cure="Write that one first: outbox revision."
+                f'The service\'s revisions register the entity type "{add_type}" already.',
+                cure="Change it in a revision of your own: op.outbox_change_type(...).",
             )
-        return ups, downs, ", ".join(said)
-    if not present:
+        ups.append(f"op.outbox_add_type({add_type!r}, topic={topic!r}{in_schema})")
+        downs.insert(0, f"op.outbox_remove_type({add_type!r}{in_schema})")
+        said.append(f"publish {add_type}")
+    elif topic is not None:
+        raise ConfigError("A topic belongs to an entity type that is added.", cure="Give --add-type NAME, too.")
+    if capture is None and type is not None:
+        raise ConfigError(f'The type "{type}" is whose rows\'?', cure="Give --capture TABLE, too.")
+    if capture is not None:
+        table_schema, dot, table = capture.rpartition(".")
+        if not table or (dot and not table_schema):
+            raise ConfigError(f'"{capture}" is no table.', cure="Write TABLE or SCHEMA.TABLE.")
+        if (table_schema or "public", table) in there.tables:
+            raise ConfigError(
+                f"The service's revisions capture {capture} already.",
+                cure="To capture it otherwise, call op.outbox_release(...) and op.outbox_capture(...) in a revision of "
+                "your own.",
+            )
+        of_rows = type or add_type or table
+        # Named with --type it may have come by `outbox types add`; the migration looks.
+        if type is None and add_type is None and table not in there.types and not there.unclear:
+            known = f" They register {', '.join(sorted(there.types))}." if there.types else ""
+            raise ConfigError(
+                f'No revision registers the entity type "{table}" for the rows of {capture}.{known}',
+                cure=f"Register it: --add-type {table} --topic TOPIC; or name one that is there: --type NAME.",
+            )
+        if of_rows in there.tables.values():
+            raise ConfigError(
+                f'The entity type "{of_rows}" has the rows of another table already.',
+                cure="Give this one a type of its own: --add-type NAME --topic TOPIC.",
+            )
+        of = f", table_schema={table_schema!r}" if table_schema else ""
+        rows = "" if existing_rows else ", existing_rows=False"
+        ups.append(f"op.outbox_capture({table!r}, type={of_rows!r}, key={list(key)!r}{rows}{of}{in_schema})")
+        downs.insert(0, f"op.outbox_release({table!r}{of}{in_schema})")
+        said.append(f"capture {capture}")
+    return ups, downs, ", ".join(said)
+
+
+def _outbox(there: _Written, *, name: str | None) -> tuple[list[str], list[str], str]:
+    """What creates the outbox, or brings it to the newest version."""
+    in_schema = "" if there.schema == "outbox" else f", schema={there.schema!r}"
+    if not there.created:
         named = "" if name is None else f"name={name!r}, "
         return (
             [f"op.outbox_create({named}version={NEWEST}{in_schema})"],
             [f"op.outbox_drop(version={NEWEST}{in_schema})"],
-            "create the outbox",
+            "create the outbox" if there.schema == "outbox" else f"create the outbox {there.schema}",
         )
-    version = max(int(number) for source in sources for number in _VERSIONS.findall(source) if "op.outbox_" in source)
-    if version >= NEWEST:
+    add = "To register an entity type: outbox revision --add-type NAME --topic TOPIC."
+    if there.version is None:
         raise ConfigError(
-            f"The service's revisions already bring the outbox to version {version}, the newest.",
-            cure="Nothing is to do. To register an entity type: outbox revision --add-type NAME --topic TOPIC.",
+            f"The service's revisions create the outbox without saying its version: {there.unversioned}.",
+            cure=f"Write version=N there, the one that the databases have (version={NEWEST} if this library made "
+            f"them): a later library would create another one. {add}",
+        )
+    if there.version >= NEWEST:
+        raise ConfigError(
+            f"The service's revisions already bring the outbox to version {there.version}, the newest.",
+            cure=f"Nothing is to do. {add}",
         )
     return (
-        [f"op.outbox_upgrade(from_version={version}, to_version={NEWEST}{in_schema})"],
-        [f"op.outbox_downgrade(from_version={NEWEST}, to_version={version}{in_schema})"],
+        [f"op.outbox_upgrade(from_version={there.version}, to_version={NEWEST}{in_schema})"],
+        [f"op.outbox_downgrade(from_version={NEWEST}, to_version={there.version}{in_schema})"],
         f"upgrade the outbox to version {NEWEST}",
     )
+
+
+def _with_import(path: Path) -> None:
+    """Import the operations in a revision whose template has no place for imports."""
+    source = path.read_text("utf-8")
+    if _IMPORTED.search(source):
+        return
+    after = 0
+    for node in ast.parse(source).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if not isinstance(node, ast.Import | ast.ImportFrom) and not docstring:
+            break
+        after = node.end_lineno or 0
+    lines = source.splitlines(keepends=True)
+    path.write_text("".join([*lines[:after], f"{_IMPORT}\n", *lines[after:]]), "utf-8")
 
 
 def _config(
@@ -264,9 +417,15 @@ def _ours(connection, schema: str) -> bool:  # type: ignore[no-untyped-def]
     return bool(connection.execute(text(f"SELECT count(*) FROM {table} WHERE version_num LIKE 'outbox%'")).scalar())
 
 
-def _translated(error: exc.DBAPIError, url: str) -> OutboxError:
+def _translated(error: exc.DBAPIError, url: str, schema: str) -> OutboxError:
     import psycopg  # noqa: PLC0415  the base install has it; only this path needs it by name
 
+    if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+        return DatabaseError(
+            f"PostgreSQL at {place(url)} denied it to the role that migrates: {error.orig.diag.message_primary}.",
+            cure=f"Migrate as the owner of the database, or let that one make the schema for you: CREATE SCHEMA "
+            f"{quote(schema)} AUTHORIZATION ROLE.",
+        )
     if isinstance(error.orig, psycopg.Error):
         return translate(error.orig, place(url))
     return DatabaseError(f"The database answered with an error: {error}.")

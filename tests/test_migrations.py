@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sqlalchemy.pool import NullPool
 from outbox import current, key, operations
 from outbox import schema as outbox_schema
 from outbox.entity_type import EntityType
-from outbox.errors import ConfigError, SchemaError, UnknownTypeError, WrongOutboxError
+from outbox.errors import ConfigError, DatabaseError, SchemaError, UnknownTypeError, WrongOutboxError
 from outbox.revision import migrate, migration_script, write_revision
 
 pytestmark = pytest.mark.postgres
@@ -179,6 +180,137 @@ def test_a_second_revision_that_would_create_it_again_is_refused(service: Servic
     write_revision(service.ini)
     with pytest.raises(ConfigError, match="already bring the outbox to version"):
         write_revision(service.ini)
+
+
+def upgrade_of(path: Path) -> list[str]:
+    """The statements of a revision's upgrade()."""
+    body = path.read_text().split("def upgrade()")[1].split("def downgrade()")[0]
+    return [line.strip() for line in body.splitlines() if " op." in line]
+
+
+def test_a_template_without_a_place_for_imports_gets_ours(service: Service) -> None:
+    """Else `op` would not know our operations."""
+    template = service.directory / "migrations" / "script.py.mako"
+    template.write_text(template.read_text().replace('${imports if imports else ""}', ""))
+    service.env(register="")
+    path = write_revision(service.ini)
+    assert path.read_text().count("import outbox.operations") == 1
+    service.alembic("upgrade", "head")
+    assert not catalog_is_empty(plain(service))
+
+
+def by_hand(service: Service, *calls: str) -> Path:
+    """A revision of the service's own, with these calls."""
+    service.alembic("revision", "-m", "by hand")
+    (path,) = (service.directory / "migrations" / "versions").glob("*by_hand.py")
+    path.write_text(path.read_text().replace("    pass", "\n".join(f"    {call}" for call in calls), 1))
+    return path
+
+
+def test_a_creation_by_hand_without_a_version_is_said(service: Service) -> None:
+    """What a later library would make of it is not what the databases have."""
+    path = by_hand(service, "op.outbox_create()")
+    with pytest.raises(ConfigError, match="without saying its version") as caught:
+        write_revision(service.ini)
+    assert path.name in str(caught.value)
+    assert "version=1" in caught.value.cure
+    write_revision(service.ini, add_type="item", topic="shop.item")
+
+
+def test_an_outbox_in_another_schema_is_one_of_its_own(service: Service) -> None:
+    """Two services that share a database may have one each."""
+    write_revision(service.ini)
+    other = write_revision(service.ini, schema="other")
+    assert "schema='other'" in other.read_text()
+    service.alembic("upgrade", "head")
+    with pytest.raises(ConfigError, match="already bring the outbox to version"):
+        write_revision(service.ini, schema="other")
+    with pytest.raises(ConfigError, match='no outbox in the schema "third"'):
+        write_revision(service.ini, schema="third", add_type="item", topic="t")
+
+
+def test_an_outbox_that_was_dropped_is_created_again(service: Service) -> None:
+    """The revisions are followed from the first to the last."""
+    by_hand(service, "op.outbox_create(version=1)", "op.outbox_drop(version=1)")
+    assert "op.outbox_create(" in write_revision(service.ini).read_text()
+
+
+@pytest.fixture
+def published(service: Service) -> Service:
+    """A service whose revisions create an outbox and register the type `item`."""
+    write_revision(service.ini)
+    write_revision(service.ini, add_type="item", topic="shop.item")
+    return service
+
+
+def test_a_type_is_registered_once(published: Service) -> None:
+    """The second one would fail in every database."""
+    with pytest.raises(ConfigError, match='register the entity type "item" already') as caught:
+        write_revision(published.ini, add_type="item", topic="shop.item")
+    assert "outbox_change_type" in caught.value.cure
+    with pytest.raises(ConfigError, match="cannot be the topic"):
+        write_revision(published.ini, add_type="other", topic="shop item")
+
+
+def test_a_captured_tables_type_is_named_or_has_its_name(published: Service) -> None:
+    """Without its schema; and it must be there."""
+    captured = write_revision(published.ini, capture="sales.item", key=["tenant", "id"], existing_rows=False)
+    assert upgrade_of(captured) == [
+        "op.outbox_capture('item', type='item', key=['tenant', 'id'], existing_rows=False, table_schema='sales')"
+    ]
+    with pytest.raises(ConfigError, match=r"capture sales\.item already"):
+        write_revision(published.ini, capture="sales.item", type="other")
+    with pytest.raises(ConfigError, match='"item" has the rows of another table'):
+        write_revision(published.ini, capture="item")
+    with pytest.raises(
+        ConfigError, match=r'registers the entity type "order" for the rows of shop\.order\. They'
+    ) as caught:
+        write_revision(published.ini, capture="shop.order")
+    assert "--add-type order --topic TOPIC; or name one that is there: --type NAME" in caught.value.cure
+    named = write_revision(published.ini, capture="shop.order", type="purchase")
+    assert upgrade_of(named) == ["op.outbox_capture('order', type='purchase', key=['id'], table_schema='shop')"]
+    both = write_revision(published.ini, capture="shop.line", add_type="order_line", topic="shop.line")
+    assert upgrade_of(both) == [
+        "op.outbox_add_type('order_line', topic='shop.line')",
+        "op.outbox_capture('line', type='order_line', key=['id'], table_schema='shop')",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"topic": "t"}, "alone says nothing"),
+        ({"type": "item"}, "alone says nothing"),
+        ({"add_type": "x"}, "needs a topic"),
+        ({"add_type": "x", "topic": "x", "type": "x"}, "whose rows"),
+        ({"capture": "item", "topic": "x"}, "belongs to an entity type that is added"),
+        ({"capture": ".item"}, "is no table"),
+        ({"capture": "sales."}, "is no table"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(published: Service, options: dict[str, Any], why: str) -> None:
+    """Nothing is ignored."""
+    with pytest.raises(ConfigError, match=why) as caught:
+        write_revision(published.ini, **options)
+    assert caught.value.cure
+
+
+def test_several_folders_of_versions_are_said(tmp_path: Path, database_url: str) -> None:
+    """The head tells the folder; without one it must be named."""
+    service = Service(tmp_path, database_url)
+    here = "script_location = %(here)s/migrations"
+    text = service.ini.read_text().replace(here, f"{here}\nversion_locations = %(here)s/va:%(here)s/vb")
+    service.ini.write_text(text)
+    folders = tmp_path / "va", tmp_path / "vb"
+    for folder in folders:
+        folder.mkdir()
+    with pytest.raises(ConfigError, match="Multiple version locations") as caught:
+        write_revision(service.ini)
+    assert f"--version-path {folders[0]} or {folders[1]}" in caught.value.cure
+    with pytest.raises(ConfigError, match="not represented"):
+        write_revision(service.ini, version_path=tmp_path / "vc")
+    assert write_revision(service.ini, version_path=folders[1]).parent == folders[1]
+    assert write_revision(service.ini, add_type="item", topic="item").parent == folders[1]
 
 
 def test_several_heads_are_refused_until_one_is_named(service: Service) -> None:
@@ -387,6 +519,29 @@ def test_an_operation_without_an_outbox_says_so(database_url: str, operation: st
     with pytest.raises(SchemaError, match='no outbox in the schema "outbox"') as caught:
         operate(database_url, operation, **arguments)
     assert "op.outbox_create" in caught.value.cure
+
+
+@pytest.fixture
+def developer(database_url: str) -> Iterator[str]:
+    """The URL of a role that may not create schemas."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("CREATE ROLE dev LOGIN")
+        yield database_url.replace("postgres@", "dev@")
+        connection.execute("DROP OWNED BY dev; DROP ROLE dev")
+
+
+def test_a_schema_that_is_there_is_not_created(database_url: str, developer: str) -> None:
+    """Its owner needs no right to create schemas: the database's owner made this one."""
+    with pytest.raises(DatabaseError, match="denied") as caught:
+        migrate(developer, name="shop")
+    assert 'CREATE SCHEMA "outbox" AUTHORIZATION' in caught.value.cure
+    with pytest.raises(DatabaseError, match="denied") as caught:
+        operate(developer, "outbox_create", name="shop")
+    assert 'CREATE SCHEMA "outbox" AUTHORIZATION' in caught.value.cure
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA outbox AUTHORIZATION dev")
+    assert migrate(developer, name="shop").name == "shop"
+    assert migrate(developer, to="base").after is None
 
 
 def test_what_is_stated_in_python_and_in_sql_is_equal(outbox_database: str) -> None:
