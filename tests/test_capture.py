@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import io
 import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -624,6 +626,29 @@ def test_a_captured_table_is_captured_in_a_dump_and_load_too(
         connection.execute("UPDATE item SET name = 'copied' WHERE id = 1")
         assert entries(connection)[-1][1]["name"] == "copied"
     operate(copy, "outbox_release", "item")
+
+
+def test_a_script_for_somebody_else_captures_and_releases_too(database: str) -> None:
+    """Everything that is refused or looked up is so in SQL: `alembic upgrade --sql`."""
+    script = io.StringIO()
+    context = MigrationContext.configure(
+        dialect_name="postgresql", opts={"as_sql": True, "output_buffer": script, "transactional_ddl": True}
+    )
+    op: Any = Operations(context)
+    op.outbox_capture("item", type="item", state="to_jsonb(t.name || ':x %s')", truncate="tombstones")
+    psql = [bin_directory() / "psql", "--quiet", "--set", "ON_ERROR_STOP=1", "--dbname", database, "--file", "-"]
+    run = partial(subprocess.run, input=script.getvalue(), text=True, capture_output=True, check=False)
+    assert "LOCK TABLE can only be used in transaction blocks" in run(psql).stderr
+    done = run([*psql, "--single-transaction"])
+    assert done.returncode == 0, done.stderr
+    with psycopg.connect(database, autocommit=True) as connection:
+        assert entries(connection) == [("1", "one:x %s"), ("2", "two:x %s")]
+        script.seek(0)
+        script.truncate()
+        op.outbox_release("item")
+        done = run(psql, input=script.getvalue())
+        assert done.returncode == 0, done.stderr
+        assert capture_functions(connection) == []
 
 
 def test_functions_of_tables_with_long_or_alike_names_differ() -> None:
