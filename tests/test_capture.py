@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import inspect
 import io
+import re
 import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -626,6 +629,36 @@ def test_a_captured_table_is_captured_in_a_dump_and_load_too(
         connection.execute("UPDATE item SET name = 'copied' WHERE id = 1")
         assert entries(connection)[-1][1]["name"] == "copied"
     operate(copy, "outbox_release", "item")
+
+
+def test_the_example_of_the_documentation_runs(outbox_database: str) -> None:
+    """Every option, on a composite key and on a row that is not published."""
+    page = (Path(__file__).parent.parent / "docs" / "writing.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(import outbox\.operations .*?)```", page, re.DOTALL)
+    options = set(inspect.signature(outbox.operations.OutboxCapture.invoke).parameters) - {"operations", "schema"}
+    assert all(option == "table" or f"{option}=" in example for option in options)
+    with psycopg.connect(outbox_database, autocommit=True) as connection:
+        connection.execute(
+            """CREATE TABLE customer (id int PRIMARY KEY, name text); INSERT INTO customer VALUES (1, 'Ada');
+               CREATE SCHEMA sales; CREATE TABLE sales.line (order_id int, number int, article text, price numeric,
+                                                             note text, PRIMARY KEY (order_id, number));
+               CREATE TABLE colour (id int, name text); INSERT INTO colour VALUES (1, 'red'), (2, 'blue');
+               CREATE TABLE article (sku text PRIMARY KEY, name text, on_sale bool, colour_ids int[]);
+               INSERT INTO article VALUES ('a', 'cup', true, '{1,2}'), ('b', 'pot', false, '{}')"""
+        )
+        engine = create_engine(outbox_database.replace("postgresql://", "postgresql+psycopg://"), poolclass=NullPool)
+        with engine.begin() as bind:
+            exec(example, {"op": Operations(MigrationContext.configure(bind))})
+        connection.execute("INSERT INTO sales.line VALUES (7, 3, 'a', 1.50, 'gift')")
+        connection.execute("UPDATE sales.line SET note = 'none'")
+        connection.execute("TRUNCATE sales.line")
+        assert entries(connection) == [
+            ("1", {"id": 1, "name": "Ada"}),
+            ("a", {"name": "cup", "colours": ["blue", "red"]}),
+            ("b", None),
+            ("7:3", {"order_id": 7, "number": 3, "article": "a", "price": 1.5}),
+            ("7:3", None),
+        ]
 
 
 def test_a_script_for_somebody_else_captures_and_releases_too(database: str) -> None:
