@@ -21,7 +21,7 @@ from sqlalchemy.pool import NullPool
 from outbox.database import libpq_url, place, translate
 from outbox.errors import ConfigError, DatabaseError, OutboxError
 from outbox.operations import check_name, check_type
-from outbox.schema import NEWEST, create_schema, grants, quote
+from outbox.schema import NEWEST, create_schema, drop_schema, grants, quote
 
 _IMPORT = "import outbox.operations  # noqa: F401  registers op.outbox_..."
 _IMPORTED = re.compile(r"^(?:import outbox\.operations|from outbox import .*\boperations\b)", re.MULTILINE)
@@ -81,7 +81,7 @@ def migrate(
                 command.downgrade(config, to)
                 # The version table is in our schema: it would keep it alive.
                 connection.execute(text(f"DROP TABLE IF EXISTS {quote(schema)}.alembic_version"))
-                connection.execute(text(f"DROP SCHEMA {quote(schema)}"))
+                connection.exec_driver_sql(drop_schema(schema), execution_options={"no_parameters": True})
                 return Migrated(before, None, None)
             command.upgrade(config, to)
             if before is not None:

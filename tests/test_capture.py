@@ -709,12 +709,13 @@ def test_names_of_any_form_are_captured_and_released(database: str) -> None:
 
 
 @pytest.fixture
-def role(postgres: Any, database: str) -> Iterator[str]:
+def role(database: str) -> Iterator[str]:
     """A role that owns nothing yet, and may make tables in public."""
+    name = f"clerk_{database.rpartition('/')[2]}"
     with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("CREATE ROLE clerk LOGIN; GRANT CREATE ON SCHEMA public TO clerk")
-        yield "clerk"
-        connection.execute("DROP OWNED BY clerk; DROP ROLE clerk")
+        connection.execute(f"CREATE ROLE {name} LOGIN; GRANT CREATE ON SCHEMA public TO {name}".encode())
+        yield name
+        connection.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}".encode())
 
 
 def test_a_policy_never_makes_a_tombstone_of_a_live_row(database: str, role: str) -> None:
@@ -744,7 +745,6 @@ def test_a_policy_never_makes_a_tombstone_of_a_live_row(database: str, role: str
         # A superuser bypasses every policy.
         connection.execute("ALTER TABLE item FORCE ROW LEVEL SECURITY")
         operate(database, "outbox_capture", "item", type="item")
-        connection.execute("ALTER SCHEMA outbox OWNER TO postgres; ALTER TABLE item OWNER TO postgres")
 
 
 def test_nobody_else_can_fire_the_function(items: psycopg.Connection, role: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from outbox import schema as outbox_schema
 from outbox.entity_type import EntityType
 from outbox.errors import ConfigError, DatabaseError, SchemaError, UnknownTypeError, WrongOutboxError
 from outbox.revision import migrate, migration_script, write_revision
+from relays import environment, must, outbox
 
 pytestmark = pytest.mark.postgres
 
@@ -150,6 +152,18 @@ def test_migrate_down_removes_everything(database_url: str) -> None:
     migrate(database_url, to="base")
     assert catalog_is_empty(database_url)
     migrate(database_url, name="other")
+
+
+def test_migrate_down_leaves_what_others_put_into_the_schema(database_url: str) -> None:
+    """The outbox is gone, the schema stays."""
+    migrate(database_url, name="shop")
+    with psycopg.connect(database_url) as connection:
+        connection.execute("CREATE TABLE outbox.mine (id int)")
+    assert migrate(database_url, to="base").after is None
+    with psycopg.connect(database_url) as connection:
+        rows = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'outbox'").fetchall()
+        assert rows == [("mine",)]
+    assert migrate(database_url, name="other").before is None
 
 
 def catalog_is_empty(url: str) -> bool:
@@ -293,6 +307,21 @@ def test_options_that_say_nothing_are_refused(published: Service, options: dict[
     with pytest.raises(ConfigError, match=why) as caught:
         write_revision(published.ini, **options)
     assert caught.value.cure
+
+
+def test_the_command_passes_every_option_on(published: Service) -> None:
+    """`outbox revision`; what belongs to --capture is refused without it."""
+    env = environment(plain(published), "")
+    words = ("revision", "--alembic-config", str(published.ini))
+    refused = outbox(env, *words, "--key", "id")
+    assert refused.returncode == 2
+    assert "belong to --capture" in refused.stderr
+    folder = published.directory / "migrations" / "versions"
+    options = ("--capture", "sales.line", "--type", "item", "--key", "a", "--key", "b", "--no-existing-rows")
+    said = json.loads(must(env, *words, *options, "--head", "head", "--version-path", str(folder), "--json"))
+    assert upgrade_of(Path(said["path"])) == [
+        "op.outbox_capture('line', type='item', key=['a', 'b'], existing_rows=False, table_schema='sales')"
+    ]
 
 
 def test_several_folders_of_versions_are_said(tmp_path: Path, database_url: str) -> None:
@@ -527,7 +556,7 @@ def developer(database_url: str) -> Iterator[str]:
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("CREATE ROLE dev LOGIN")
         yield database_url.replace("postgres@", "dev@")
-        connection.execute("DROP OWNED BY dev; DROP ROLE dev")
+        connection.execute("DROP OWNED BY dev CASCADE; DROP ROLE dev")
 
 
 def test_a_schema_that_is_there_is_not_created(database_url: str, developer: str) -> None:
