@@ -299,7 +299,7 @@ def _published(
     elif topic is not None:
         raise ConfigError("A topic belongs to an entity type that is added.", cure="Give --add-type NAME, too.")
     if capture is None and type is not None:
-        raise ConfigError(f'The type "{type}" is whose rows\'?', cure="Give --capture TABLE, too.")
+        raise ConfigError(f'"{type}" would be the type of a captured table.', cure="Give --capture TABLE, too.")
     if capture is not None:
         table_schema, dot, table = capture.rpartition(".")
         if not table or (dot and not table_schema):

@@ -296,7 +296,7 @@ def test_a_captured_tables_type_is_named_or_has_its_name(published: Service) -> 
         ({"topic": "t"}, "alone says nothing"),
         ({"type": "item"}, "alone says nothing"),
         ({"add_type": "x"}, "needs a topic"),
-        ({"add_type": "x", "topic": "x", "type": "x"}, "whose rows"),
+        ({"add_type": "x", "topic": "x", "type": "x"}, "type of a captured table"),
         ({"capture": "item", "topic": "x"}, "belongs to an entity type that is added"),
         ({"capture": ".item"}, "is no table"),
         ({"capture": "sales."}, "is no table"),
