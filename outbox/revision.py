@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,13 @@ from alembic.config import Config as AlembicConfig
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from alembic.util import rev_id as new_revision_id
-from sqlalchemy import create_engine, exc, text
+from sqlalchemy import Connection, create_engine, exc, text
 from sqlalchemy.pool import NullPool
 
 from outbox.database import libpq_url, place, translate
-from outbox.errors import ConfigError, DatabaseError, OutboxError
+from outbox.errors import ConfigError, DatabaseError, OutboxError, SchemaError
 from outbox.operations import check_name, check_type
-from outbox.schema import NEWEST, create_schema, drop_schema, grants, quote
+from outbox.schema import NAME, NEWEST, create_schema, drop_schema, grants, quote
 
 _IMPORT = "import outbox.operations  # noqa: F401  registers op.outbox_..."
 _IMPORTED = re.compile(r"^(?:import outbox\.operations|from outbox import .*\boperations\b)", re.MULTILINE)
@@ -57,17 +58,27 @@ def migrate(
     writers: Sequence[str] = (),
     relay: str | None = None,
     to: str = "head",
+    connect_timeout: int = 10,
 ) -> Migrated:
     """Make, upgrade or (`to="base"`) remove the outbox of a database that has no Alembic environment of its own.
 
     A second run changes nothing but grants. An outbox of another name is refused with `WrongOutboxError`; one that a
-    service's own migrations made, with `ConfigError`.
+    service's own migrations made, with `ConfigError`; what is to be removed and is not there, with `SchemaError`.
+    `connect_timeout` in seconds.
     """
     config = _config(name, schema, shards, retention, slots, doorbell=doorbell, writers=writers, relay=relay)
-    engine = create_engine("postgresql+psycopg://" + libpq_url(url).partition("://")[2], poolclass=NullPool)
+    engine = create_engine(
+        "postgresql+psycopg://" + libpq_url(url).partition("://")[2],
+        poolclass=NullPool,
+        connect_args={"connect_timeout": connect_timeout},
+    )
     try:
         with engine.begin() as connection:
             before, found = _present(connection, schema)
+            if found is None and to == "base":
+                raise SchemaError(f'There is no outbox in the schema "{schema}" to remove.', cure="Correct --schema.")
+            if found is None:
+                _refuse_second(connection, name)
             if found is not None:
                 check_name(found, name)
                 if not _ours(connection, schema):
@@ -97,6 +108,30 @@ def migrate(
         engine.dispose()
 
 
+def _refuse_second(connection: Connection, name: str | None) -> None:
+    """Refuse a name that cannot be one, and one that another outbox of this database has: they would share topics."""
+    row = connection.execute(text("SELECT current_database()")).one()
+    chosen = name or str(row[0])
+    if not NAME.fullmatch(chosen):
+        raise ConfigError(
+            f'The database\'s name "{chosen}" cannot be the name of an outbox.', cure="Give one: --name NAME."
+        )
+    schemas = connection.execute(
+        text(
+            "SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE c.relname = 'settings' AND c.relkind = 'r' AND to_regclass(format('%I.entity_types', n.nspname)) IS NOT NULL "
+            "AND to_regclass(format('%I.entries', n.nspname)) IS NOT NULL"
+        )
+    ).scalars()
+    for other in schemas.all():
+        if connection.exec_driver_sql(f"SELECT name FROM {quote(other)}.settings").scalar() == chosen:
+            raise ConfigError(
+                f'The schema "{other}" of this database already holds an outbox of the name "{chosen}": they would '
+                "share topics and fence each other's relays.",
+                cure="Give it another name (--name), or correct --schema.",
+            )
+
+
 def migration_script(
     *,
     name: str | None,
@@ -114,6 +149,21 @@ def migration_script(
     config.output_buffer = output
     command.upgrade(config, "head", sql=True)
     return output.getvalue()
+
+
+def _scripts(ini: Path) -> ScriptDirectory:
+    toml = ini.with_name("pyproject.toml")
+    try:
+        # Alembic's own template for pyproject.toml keeps the script location there.
+        found = ScriptDirectory.from_config(AlembicConfig(str(ini), toml_file=str(toml) if toml.is_file() else None))
+        list(found.walk_revisions())
+    except (CommandError, SyntaxError, ImportError, OSError, configparser.Error) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else error.__class__.__name__
+        raise ConfigError(
+            f"The Alembic environment of {ini} cannot be read: {first}.".replace("..", "."),
+            cure="See that `alembic history` works there first.",
+        ) from error
+    return found
 
 
 def write_revision(
@@ -143,7 +193,7 @@ def write_revision(
             cure="Run this in the service's folder, or give --alembic-config; for a database without Alembic: "
             "outbox migrate --name NAME.",
         )
-    scripts = ScriptDirectory.from_config(AlembicConfig(str(ini)))
+    scripts = _scripts(ini)
     heads = scripts.get_heads()
     if head == "head" and len(heads) > 1:
         raise ConfigError(f"The service has several heads: {', '.join(heads)}.", cure="Merge them, or give --head ONE.")

@@ -21,7 +21,7 @@ NEWEST = 1
 
 _UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
 _RETENTION = re.compile(r"(\d+)\s+(second|minute|hour|day|week)s?")
-_PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
+NAME = re.compile(r"[a-zA-Z0-9._-]{1,100}")
 
 
 def quote(identifier: str) -> str:
@@ -64,14 +64,20 @@ class Settings:
     doorbell: bool = True
 
     def __post_init__(self) -> None:
-        if self.name is not None and not re.fullmatch(r"[a-zA-Z0-9._-]{1,100}", self.name):
+        if self.name is not None and not NAME.fullmatch(self.name):
             raise ConfigError(
                 f'"{self.name}" cannot be the name of an outbox: it is part of topics\' names.',
                 cure="Use letters, digits, dot, underscore and hyphen, at most 100.",
             )
-        if not self.schema or len(self.schema.encode()) > 63 or "\0" in self.schema or self.schema.startswith("pg_"):
+        if (
+            not 1 <= len(self.schema.encode()) <= 63
+            or any(c in self.schema for c in "\0%")
+            or self.schema.startswith("pg_")
+        ):
+            # Drivers take a % for a parameter.
             raise ConfigError(
-                f'"{self.schema}" cannot be the name of a schema.', cure="Use 1 to 63 bytes, not beginning with pg_."
+                f'"{self.schema}" cannot be the name of a schema.',
+                cure="Use 1 to 63 bytes, without %, not beginning with pg_.",
             )
         if not 1 <= self.shards <= MOST_SHARDS:
             raise ConfigError(f"An outbox cannot have {self.shards} shards.", cure="Use 1 to 1024.")

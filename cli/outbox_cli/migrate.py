@@ -70,12 +70,14 @@ def command(
         writers=writers,
         relay=relay,
         to="base" if remove else "head",
+        connect_timeout=config.connect_timeout,
     )
     if as_json:
         print_json({"before": done.before, "after": done.after, "name": done.name})
     elif done.after is None:
         click.echo("The outbox is removed; its topics are left as they are.")
     elif done.before == done.after:
+        _say_fixed(settings, {"shards": shards, "slots": slots, "retention": retention})
         click.echo(f'The outbox "{done.name}" is up to date (version {done.after}).')
     elif done.before is None:
         click.echo(
@@ -83,3 +85,27 @@ def command(
         )
     else:
         click.echo(f'Upgraded the outbox "{done.name}" from version {done.before} to {done.after}.')
+
+
+def _say_fixed(settings: Settings, asked: dict[str, object]) -> None:
+    """Say which of the settings that were asked for an outbox has otherwise, and keeps."""
+    from click.core import ParameterSource
+
+    from outbox.schema import Settings as Fixed
+    from outbox.schema import quote
+
+    context = click.get_current_context()
+    given = {name for name in asked if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if not given:
+        return
+    with settings.connect() as connection:
+        row = connection.execute(
+            "SELECT shards::int, slots::int, extract(epoch FROM retention)::int "
+            f"FROM {quote(settings.config.schema)}.settings".encode()
+        ).fetchone()
+    has = dict(zip(("shards", "slots", "retention"), row or (), strict=True))
+    wanted = asked | {"retention": Fixed(None, retention=str(asked["retention"])).retention_seconds}
+    for name in sorted(given):
+        if has[name] != wanted[name]:
+            seconds = " seconds" if name == "retention" else ""
+            click.echo(f"warning: the outbox has {name} {has[name]}{seconds}; that is fixed and stays so.", err=True)
