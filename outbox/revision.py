@@ -119,7 +119,8 @@ def _refuse_second(connection: Connection, name: str | None) -> None:
     schemas = connection.execute(
         text(
             "SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.relname = 'settings' AND c.relkind = 'r' AND to_regclass(format('%I.entity_types', n.nspname)) IS NOT NULL "
+            "WHERE c.relname = 'settings' AND c.relkind = 'r' "
+            "AND to_regclass(format('%I.entity_types', n.nspname)) IS NOT NULL "
             "AND to_regclass(format('%I.entries', n.nspname)) IS NOT NULL"
         )
     ).scalars()
