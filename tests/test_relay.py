@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections import Counter
@@ -337,3 +338,237 @@ def test_two_types_of_one_batch_go_to_their_own_topics(road: Road) -> None:
     road.sql(make)
     road.drain()
     assert len(records(road.kafka, first)) == len(records(road.kafka, second)) == 10
+
+
+def test_refused_records_are_found_in_a_few_transactions_and_no_producer_is_left_behind(road: Road) -> None:
+    """Several in one batch, one alone in another topic's: exactly the guilty are dead-lettered."""
+    topic = road.add_type("thing", "--topic-setting", "message.timestamp.before.max.ms=3600000")
+    other = road.add_type("other", "--partitions", "1", "--topic-setting", "message.timestamp.before.max.ms=3600000")
+    road.sql(
+        """INSERT INTO outbox.entries (type, key, state, created_at)
+           SELECT 'thing', n::text, '{}', now() - CASE WHEN n % 100 = 0 THEN interval '2 hours' ELSE '0' END
+           FROM generate_series(1, 3000) n""",
+        """INSERT INTO outbox.entries (type, key, state, created_at)
+           SELECT 'other', n::text, '{}', now() - CASE n WHEN 77 THEN interval '2 hours' ELSE '0' END
+           FROM generate_series(1, 500) n""",
+    )
+    with road.relay(log_level="debug") as relay:
+        relay.wait_event("relay.published")
+        threads = len(list(Path(f"/proc/{relay.process.pid}/task").iterdir()))
+        assert relay.stop() == 0
+    assert {r.key for r in records(road.kafka, topic)} == {b"%d" % n for n in range(1, 3001) if n % 100}
+    assert {r.key for r in records(road.kafka, other)} == {b"%d" % n for n in range(1, 501) if n != 77}
+    letters = orjson.loads(must(road.env, "dead-letters", "list", "--json"))
+    assert {(x["type"], x["key"]) for x in letters} == {("other", "77")} | {
+        ("thing", str(n)) for n in range(100, 3001, 100)
+    }
+    # A producer has five threads and more: thirty refusals must not leave thirty of them.
+    assert threads < 30
+
+
+def test_entries_that_no_writer_would_write_are_dead_lettered_or_cleaned_and_the_others_go_on(road: Road) -> None:
+    """A hand-written INSERT: headers that cannot be read, names that are the relay's own, an unknown type."""
+    topic = road.add_type("thing")
+    road.sql(
+        """INSERT INTO outbox.entries (type, key, state, headers) VALUES
+           ('thing', 'huge', '{}', '{"a": 1e400}'), ('thing', 'forged', '{}', '{"outbox-id": "5", "b": "2"}'),
+           ('thing', 'number', '{}', '{"a": 1.5, "n": null}'), ('nobody', 'x', '{}', NULL)""",
+        "INSERT INTO outbox.entries (type, key, state, created_at) VALUES ('thing', 'old', '{}', '0044-03-15 BC')",
+        "INSERT INTO outbox.entries (type, key, state, created_at) VALUES ('thing', 'far', '{}', '9999-01-01')",
+        "SELECT outbox.put('thing', 'good', '{}')",
+    )
+    road.drain()
+    found = {(record.key or b"").decode(): record for record in records(road.kafka, topic)}
+    assert set(found) == {"forged", "number", "old", "far", "good"}
+    assert [name for name, _ in found["forged"].headers] == ["outbox-id", "b"]
+    letters = orjson.loads(must(road.env, "dead-letters", "list", "--json"))
+    assert {(x["key"], x["reason"]) for x in letters} == {("huge", "headers"), ("x", "unknown-type")}
+    for bad in ("created_at) VALUES ('thing', '1', 'infinity'", f"state) VALUES ('{'t' * 201}', '1', '{{}}'"):
+        with pytest.raises(psycopg.errors.CheckViolation):
+            road.sql(f"INSERT INTO outbox.entries (type, key, {bad})")
+
+
+def test_a_state_that_is_larger_than_the_clients_usual_queue_is_published(road: Road) -> None:
+    """70 MB, incompressible, among small ones."""
+    topic = road.add_type("thing", "--max-bytes", "90000000", "--partitions", "1")
+    with psycopg.connect(road.url) as connection:
+        connection.execute("SELECT outbox.put('thing', 'before', '{}')")
+        connection.execute(
+            "SELECT outbox.put_bytes('thing', 'big', %s, 'application/octet-stream')", [random.randbytes(70_000_000)]
+        )
+        connection.execute("SELECT outbox.put('thing', 'after', '{}')")
+    road.drain()
+    sizes = {(r.key or b"").decode(): len(r.value or b"") for r in records(road.kafka, topic)}
+    assert sizes == {"before": 2, "big": 70_000_000, "after": 2}
+
+
+def test_a_type_may_be_added_before_its_topic_while_the_relay_runs(road: Road) -> None:
+    """The others go on; its own entries wait, which is said; made, they go on by themselves."""
+    topic = road.add_type("a")
+    with road.relay(backoff_max="0.5") as relay:
+        relay.wait_event("relay.holds")
+        must(road.env, "types", "add", "b", "--topic", f"{road.name}.b")
+        road.sql("SELECT outbox.put('a', '1', '{}')")
+        assert relay.wait_event("relay.topic")["topic"] == f"{road.name}.b"
+        eventually(lambda: len(records(road.kafka, topic)) == 1)
+        road.sql("SELECT outbox.put('b', '1', '{}')", "SELECT outbox.put('a', '2', '{}')")
+        said = relay.wait_event("relay.stuck")
+        assert (said["what"], "outbox topics apply" in said["cure"]) == ("topic", True)
+
+        def stuck() -> bool:
+            (shard,) = orjson.loads(must(road.env, "status", "--json"))["shards"]
+            return (shard["state"], shard["on"]) == ("stuck", "topic")
+
+        eventually(stuck, what="stuck")
+        must(road.env, "topics", "apply", "--yes")
+        relay.wait_event("relay.resumed")
+        eventually(lambda: len(records(road.kafka, topic)) == 2 and len(records(road.kafka, f"{road.name}.b")) == 1)
+        assert relay.stop() == 0
+
+
+def test_a_limit_that_was_raised_is_seen_before_anything_is_called_too_large(road: Road) -> None:
+    """The order of the documentation: change the type, then apply the topics."""
+    topic = road.add_type("thing", "--max-bytes", "20000")
+    with road.relay() as relay:
+        relay.wait_event("relay.holds")
+        must(road.env, "types", "change", "thing", "--max-bytes", "3000000")
+        road.sql("SELECT outbox.put('thing', 'small', '{}')")
+        eventually(lambda: len(records(road.kafka, topic)) == 1)
+        must(road.env, "topics", "apply", "--yes")
+        with psycopg.connect(road.url) as clock:
+            clock.execute("SELECT pg_sleep(3.2)")  # looks are made no more often
+        road.sql("""SELECT outbox.put('thing', 'big', to_jsonb(repeat('x', 1600000)))""")
+        eventually(lambda: len(records(road.kafka, topic)) == 2)
+        assert relay.stop() == 0
+    assert orjson.loads(must(road.env, "dead-letters", "list", "--json")) == []
+
+
+def test_sigterm_ends_a_statement_that_waits_for_a_lock(road: Road) -> None:
+    """However long the server's own limit is."""
+    road.add_type("thing")
+    with (
+        road.relay(statement_timeout=600, poll_interval=0.1) as relay,
+        psycopg.connect(road.url) as holder,
+        psycopg.connect(road.url, autocommit=True) as look,
+    ):
+        relay.wait_event("relay.holds")
+        holder.execute("LOCK TABLE outbox.entries IN ACCESS EXCLUSIVE MODE")
+        eventually(
+            lambda: (
+                look.execute(
+                    "SELECT FROM pg_stat_activity"
+                    " WHERE application_name LIKE 'outbox-relay%' AND wait_event_type = 'Lock'"
+                ).fetchone()
+                is not None
+            ),
+            what="the relay waits for the lock",
+        )
+        assert relay.stop(seconds=10) == 0
+
+
+def test_a_server_that_answers_no_more_is_given_up_after_a_time(road: Road) -> None:
+    """Its kernel acknowledges every packet: only a limit of the client's own ends the wait."""
+    topic = road.add_type("thing")
+    with (
+        road.relay(statement_timeout=1, poll_interval=0.2) as relay,
+        psycopg.connect(road.url, autocommit=True) as look,
+    ):
+        relay.wait_event("relay.holds")
+        (backend,) = look.execute(
+            "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'outbox-relay%'"
+        ).fetchone() or (0,)
+        os.kill(backend, signal.SIGSTOP)
+        try:
+            assert relay.wait_event("relay.waiting")["what"] == "database"
+            road.sql("SELECT outbox.put('thing', '1', '{}')")
+            relay.wait_event("relay.resumed")
+            eventually(lambda: len(records(road.kafka, topic)) == 1)
+        finally:
+            os.kill(backend, signal.SIGCONT)
+        assert relay.stop() == 0
+
+
+def test_a_drain_that_is_stopped_or_out_of_time_says_that_it_has_not_caught_up(road: Road) -> None:
+    """Exit 69: whoever deploys must not believe that all is published."""
+    road.add_type("thing")
+    road.sql("SELECT outbox.put('thing', n::text, '{}') FROM generate_series(1, 20000) n")
+    with road.relay("--until-caught-up", batch_rows=10) as relay:
+        relay.wait_event("relay.holds")
+        assert relay.stop() == 69
+    late = outbox({**road.env, "OUTBOX_BATCH_ROWS": "10"}, "relay", "--until-caught-up", "--timeout", "0.5")
+    assert late.returncode == 69
+    assert "not caught up" in late.stderr
+    road.drain()
+
+
+def test_two_relays_that_start_at_once_end_as_one(road: Road) -> None:
+    """Whoever is fenced while it takes over tries again or stops with the message; one is left, and publishes."""
+    topic = road.add_type("thing")
+    with road.relay() as a, road.relay() as b, road.relay() as c:
+        relays = [a, b, c]
+        eventually(
+            lambda: all(one.process.poll() is not None or "relay.holds" in one.log.read_text() for one in relays)
+        )
+        # One that has nothing to publish learns of it when there is something.
+        road.sql("SELECT outbox.put('thing', '1', '{}')")
+        eventually(lambda: sum(one.process.poll() is None for one in relays) == 1, seconds=60, what="one is left")
+        assert [one.process.returncode for one in relays if one.process.poll() is not None] == [75, 75]
+        eventually(lambda: len(records(road.kafka, topic)) == 1)
+
+
+def test_a_copy_with_ids_handed_out_again_is_adopted_in_the_order_of_time(road: Road) -> None:
+    """Double ids become different ones, and what pruning went past does not come back, whatever xid it bears."""
+    topic = road.add_type("thing")
+    old = "SELECT outbox.put('thing', 'k' || n, '\"old\"') FROM generate_series(1, 5) n"
+    new = "SELECT outbox.put('thing', 'k' || n, '\"new\"') FROM generate_series(1, 3) n"
+    road.sql("SELECT outbox.put('thing', 'pruned', '\"old\"')")
+    road.sql(old)
+    road.drain()
+    road.sql(
+        "ALTER SEQUENCE outbox.entries_id_seq RESTART 2",
+        "UPDATE outbox.settings SET removed_id = 1",
+        # Of another cluster, which was ahead.
+        "UPDATE outbox.entries SET xid = '99999999'",
+    )
+    road.sql(new)
+    refused = outbox(road.env, "relay", "--until-caught-up")
+    assert (refused.returncode, "outbox adopt" in refused.stderr) == (78, True)
+    must(road.env, "adopt", "--yes")
+    road.drain(batch_rows=1)
+    road.sql("SELECT outbox.put('thing', 'k9', '1')")
+    road.drain()
+    with psycopg.connect(road.url) as connection:
+        ids = [row[0] for row in connection.execute("SELECT id FROM outbox.entries")]
+    assert len(ids) == len(set(ids))
+    assert live(road.kafka, topic).json == {
+        "pruned": "old", "k1": "new", "k2": "new", "k3": "new", "k4": "old", "k5": "old", "k9": 1,
+    }  # fmt: skip
+    assert len([r for r in records(road.kafka, topic) if r.key == b"pruned"]) == 1
+
+
+def test_the_relay_prunes_by_itself_and_is_not_held_up_by_a_reader(road: Road) -> None:
+    """A slot that is locked is left for later; a server that is away while it prunes ends nothing."""
+    road.add_type("thing")
+    road.sql("UPDATE outbox.settings SET retention = '1 second'")
+    road.sql("SELECT outbox.put('thing', n::text, '{}') FROM generate_series(1, 10) n")
+    with road.relay(prune="on", prune_interval="1") as relay, psycopg.connect(road.url) as reader:
+        relay.wait_event("relay.holds")
+        reader.execute("SELECT count(*) FROM outbox.entries").fetchone()  # holds a lock on every slot
+
+        def slots() -> int:
+            with psycopg.connect(road.url) as connection:
+                row = connection.execute(
+                    "SELECT count(DISTINCT slot) FROM outbox.entries WHERE created_at < now() - interval '1 second'"
+                ).fetchone()
+                return row[0] if row else 0
+
+        eventually(lambda: slots() == 1)
+        # The anchor's slot stays; another one that is old and published goes, once nobody reads it.
+        road.sql(
+            "INSERT INTO outbox.entries (type, key, state, slot, created_at)"
+            " SELECT 'thing', 'old', '{}', (outbox.slot_of(clock_timestamp()) + 3) % 12, now() - interval '1 hour'"
+        )
+        road.sql("SELECT outbox.put('thing', 'anchor', '{}')")
+        reader.commit()
+        assert relay.wait_event("relay.pruned")["entries"] == 1
+        assert relay.stop() == 0
