@@ -230,8 +230,8 @@ def lock(where: Sync | Async, type: str, key: Key, *, schema: str = "outbox") ->
     Take it first, *then* read the state in a later statement, then `put`. Whoever else calls `lock` for the same
     entity waits. `ROLLBACK TO SAVEPOINT` gives it back together with what was written after it.
 
-    Raises `EntryKeyError`, and `EntryError` under REPEATABLE READ: there the snapshot is older than the lock, and what
-    is read after it may be stale.
+    Raises `EntryKeyError`; under REPEATABLE READ and SERIALIZABLE `EntryError`, and the transaction has failed then:
+    there the snapshot is older than the lock, and what is read after it may be stale.
     """
     text = key_text(type, key)
     return _carry(where, lambda _: _lock(type, text, schema), flush=False)
@@ -318,13 +318,7 @@ def _put_many(types: Types, type: str, new: Iterable[NewEntry], schema: str) -> 
 
 
 def _lock(type: str, key: str, schema: str) -> Steps[None]:
-    rows = yield Request("lock", schema, {"type": type, "key": key})
-    if rows[0][0] == "repeatable read":
-        raise EntryError(
-            f'outbox.lock of {type} "{key}" was called under REPEATABLE READ: the snapshot is older than the lock, so '
-            "what is read after it may be stale.",
-            cure="Use READ COMMITTED, or lock and update a row of the entity.",
-        )
+    yield Request("lock", schema, {"type": type, "key": key})
 
 
 def _chunks(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
@@ -344,6 +338,7 @@ def _check(types: Types, type: str, rows: Sequence[_Row], schema: str) -> Steps[
     """Refuse an unknown type and a state over its limit.
 
     Types are loaded once; what they would refuse is looked up again, since a type may be new and a limit raised.
+    Those that a transaction which changes them sees are not kept.
     """
     largest = max(rows, key=lambda row: len(row.state) if row.state else 0)
     size = len(largest.state) if largest.state else 0
@@ -351,10 +346,14 @@ def _check(types: Types, type: str, rows: Sequence[_Row], schema: str) -> Steps[
     if limit is not None and size <= limit:
         return
     # A server without an outbox would answer with an error that ends the transaction: so this is asked before.
-    if not (yield Request("exists", schema, {"table": f"{quoted(schema)}.entity_types"}))[0][0]:
+    table = {"table": f"{quoted(schema)}.entity_types"}
+    if not (yield Request("exists", schema, table))[0][0]:
         raise _no_outbox(schema)
-    known: dict[str, int] = {row[0]: row[1] for row in (yield Request("types", schema, {}))}
-    types[schema] = known
+    rows_of_types = yield Request("types", schema, table)
+    known: dict[str, int] = {row[0]: row[1] for row in rows_of_types}
+    # A type of the caller's own transaction may be rolled back: it is good for this call, and not remembered.
+    if not any(row[2] for row in rows_of_types):
+        types[schema] = known
     limit = known.get(type)
     if limit is None:
         raise UnknownTypeError(
@@ -429,7 +428,17 @@ def _on_session(session: orm.Session, steps: Callable[[Types], Steps[T]], *, flu
     if flush:
         # An entry that is inserted before the domain write takes its id before the row's lock.
         session.flush()
-    return on_connection(session.connection(), steps)
+    from sqlalchemy.exc import UnboundExecutionError
+
+    try:
+        connection = session.connection()
+    except UnboundExecutionError as error:
+        raise EntryError(
+            "The session is bound class by class (binds=): it does not say which database the entry belongs to.",
+            cure="Flush it, and pass the connection of the entity's class: "
+            'session.connection(bind_arguments={"mapper": Customer}).',
+        ) from error
+    return on_connection(connection, steps)
 
 
 def on_connection(connection: sa.Connection, steps: Callable[[Types], Steps[T]]) -> T:
@@ -525,6 +534,13 @@ def _translated(schema: str) -> Iterator[None]:
         sqlstate = getattr(driver, "sqlstate", None) or getattr(driver, "pgcode", None)
         if sqlstate in {"42P01", "3F000", "42883"}:
             raise _no_outbox(schema) from error
+        if sqlstate == "OB006":
+            # The server's words: what happened, and the hint, which is the cure.
+            diagnosis = getattr(driver, "diag", None)
+            raise EntryError(
+                f"{getattr(diagnosis, 'message_primary', None) or driver}.",
+                cure=getattr(diagnosis, "message_hint", None) or "",
+            ) from error
         if sqlstate == "42501":
             raise DatabaseError(
                 f'PostgreSQL denied writing to the outbox in the schema "{schema}": {driver}',

@@ -353,12 +353,32 @@ def test_autocommit_of_sqlalchemy_is_refused(database: str, where: str) -> None:
     engine.dispose()
 
 
-def test_a_lock_under_repeatable_read_is_refused(database: str) -> None:
-    """The snapshot is older than the lock: the state that is read after it may be stale."""
-    with psycopg.connect(database) as connection:
-        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-        with pytest.raises(EntryError, match="REPEATABLE READ"):
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_lock_with_a_snapshot_older_than_it_is_refused(database: str, level: str) -> None:
+    """What is read after it may be stale. The server refuses, for callers in SQL, too, and takes no lock."""
+    with psycopg.connect(database) as connection, psycopg.connect(database) as other:
+        connection.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        with pytest.raises(EntryError, match=f"under {level}: the snapshot is older.* Use READ COMMITTED"):
             outbox.lock(connection, "customer", 1)
+        connection.rollback()
+        connection.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        connection.execute("SAVEPOINT before")
+        with pytest.raises(psycopg.Error) as caught:
+            connection.execute("SELECT outbox.lock('customer', '1')")
+        assert caught.value.sqlstate == "OB006"
+        assert "READ COMMITTED" in (caught.value.diag.message_hint or "")
+        connection.execute("ROLLBACK TO SAVEPOINT before")
+        other.execute("SET lock_timeout = '50ms'")
+        outbox.lock(other, "customer", 1)
+
+
+def test_a_lock_of_sqlalchemy_is_refused_likewise(engine: sa.Engine) -> None:
+    """The error that SQLAlchemy wraps becomes the same."""
+    with (
+        engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection,
+        pytest.raises(EntryError, match="under SERIALIZABLE"),
+    ):
+        outbox.lock(connection, "customer", 1)
 
 
 def test_a_missing_outbox_names_the_migration_and_leaves_the_transaction_usable(path_without_outbox: Any) -> None:
@@ -429,6 +449,36 @@ def test_types_are_loaded_once_an_engine_and_again_on_a_miss(engine: sa.Engine, 
     assert put("advert", 1, {}) == 3
     assert put("customer", 1, {"text": "x" * 150}) == 1
     assert put("order", 1, {}) == 1
+
+
+@pytest.mark.parametrize("savepoint", [True, False])
+def test_a_type_that_is_rolled_back_is_not_remembered(engine: sa.Engine, database: str, *, savepoint: bool) -> None:
+    """The transaction that registers it may use it; the next one is refused, also by put_many."""
+    with engine.connect() as connection:
+        with connection.begin() as transaction:
+            inner = connection.begin_nested() if savepoint else transaction
+            connection.exec_driver_sql("INSERT INTO outbox.entity_types (name, topic) VALUES ('ghost', 'ghost')")
+            outbox.put(connection, "ghost", 1, {})
+            inner.rollback()
+        with connection.begin(), pytest.raises(UnknownTypeError, match="ghost"):
+            outbox.put(connection, "ghost", 1, {})
+    assert entries(database) == []
+
+
+def test_a_session_that_is_bound_class_by_class_is_told_to_pass_its_connection(engine: sa.Engine) -> None:
+    """It does not say which database the entry belongs to."""
+
+    class Base(orm.DeclarativeBase):
+        pass
+
+    class Own(Base):
+        __tablename__ = "own"
+        id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+
+    with orm.Session(binds={Own: engine}) as session:
+        with pytest.raises(EntryError, match="bind_arguments"):
+            outbox.put(session, "customer", 1, {})
+        outbox.put(session.connection(bind_arguments={"mapper": Own}), "customer", 1, {})
 
 
 def test_an_outbox_in_another_schema(make_outbox: Callable[..., str]) -> None:

@@ -6,7 +6,13 @@
 SELECT to_regclass(CAST(%(table)s AS text)) IS NOT NULL
 
 -- name: types
-SELECT name, max_bytes FROM {schema}.entity_types
+-- Whether this transaction holds a writer's lock on the table: then some of the types may be its own and be rolled back.
+SELECT name, max_bytes, EXISTS (
+    SELECT FROM pg_locks l
+    WHERE l.locktype = 'relation' AND l.relation = to_regclass(CAST(%(table)s AS text)) AND l.granted
+      AND l.pid = pg_backend_pid() AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
+FROM {schema}.entity_types
 
 -- name: put
 -- Only the columns that writers may fill: all others are defaults, the doorbell among them.
@@ -26,5 +32,6 @@ ORDER BY new.place
 RETURNING id
 
 -- name: lock
--- A separate statement comes after it: its own snapshot is older than the lock. That holds in READ COMMITTED only.
-SELECT current_setting('transaction_isolation'), {schema}.lock(CAST(%(type)s AS text), CAST(%(key)s AS text))
+-- The state is read in a later statement: this one's own snapshot is older than the lock. The function refuses the
+-- isolation levels in which all statements share one snapshot.
+SELECT {schema}.lock(CAST(%(type)s AS text), CAST(%(key)s AS text))

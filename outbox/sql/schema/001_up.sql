@@ -238,8 +238,19 @@ END
 $body$
 --;
 -- For services that have no row to lock: take it, then read the state in a later statement, then put.
-CREATE FUNCTION {schema}.lock(type text, key text) RETURNS void LANGUAGE sql VOLATILE
-    RETURN pg_advisory_xact_lock(hashtextextended(key, hashtextextended(type, {bell})))
+-- Refuses (OB006) every isolation level whose snapshot is older than the lock: what is read after it would be stale,
+-- and nothing else tells (SERIALIZABLE lets two that only read and publish through).
+CREATE FUNCTION {schema}.lock(type text, key text) RETURNS void LANGUAGE plpgsql VOLATILE AS $body$
+BEGIN
+    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+        RAISE EXCEPTION 'outbox: lock of % "%" was called under %: the snapshot is older than the lock, so what is '
+                        'read after it may be stale', lock.type, left(lock.key, 100),
+                        upper(current_setting('transaction_isolation'))
+            USING ERRCODE = 'OB006', HINT = 'Use READ COMMITTED, or lock and update a row of the entity.';
+    END IF;
+    PERFORM pg_advisory_xact_lock(hashtextextended(lock.key, hashtextextended(lock.type, {bell})));
+END
+$body$
 --;
 -- Adoption: every retained entry is made new, in id order. Called by the relay or `outbox adopt`.
 --   expected_epoch  the epoch that the caller saw; another one: somebody adopted already, nothing is done
