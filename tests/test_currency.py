@@ -73,6 +73,61 @@ class Line(Right):
     basket: Mapped[Basket] = relationship(back_populates="lines")
 
 
+def clerk_state(clerk: Any) -> dict[str, object]:
+    return {"name": clerk.name, "bonus": clerk.bonus, "tasks": [task.text for task in clerk.tasks]}
+
+
+class Employee(Right):
+    __tablename__ = "employees"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    name: Mapped[str]
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "employee"}
+
+
+@outbox.published(type="clerk", key="id", state=clerk_state)
+class Clerk(Employee):
+    """One object, two tables."""
+
+    __tablename__ = "clerks"
+    id: Mapped[int] = mapped_column(sa.ForeignKey("employees.id"), primary_key=True)
+    bonus: Mapped[int]
+    tasks: Mapped[list[Task]] = relationship(back_populates="clerk", order_by=lambda: Task.id)
+    __mapper_args__ = {"polymorphic_identity": "clerk"}
+
+
+@outbox.part_of("clerk")
+class Task(Right):
+    __tablename__ = "tasks"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    clerk_id: Mapped[int] = mapped_column(sa.ForeignKey("clerks.id"))
+    text: Mapped[str]
+    clerk: Mapped[Clerk] = relationship(back_populates="tasks")
+
+
+class WrongEmployee(Wrong):
+    __tablename__ = "employees"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    name: Mapped[str]
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "employee"}
+
+
+class WrongClerk(WrongEmployee):
+    __tablename__ = "clerks"
+    id: Mapped[int] = mapped_column(sa.ForeignKey("employees.id"), primary_key=True)
+    bonus: Mapped[int]
+    tasks: Mapped[list[WrongTask]] = relationship(order_by=lambda: WrongTask.id)
+    __mapper_args__ = {"polymorphic_identity": "clerk"}
+
+
+class WrongTask(Wrong):
+    __tablename__ = "tasks"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    clerk_id: Mapped[int] = mapped_column(sa.ForeignKey("clerks.id"))
+    text: Mapped[str]
+
+
 class WrongBasket(Wrong):
     __tablename__ = "baskets"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -96,6 +151,8 @@ class Way:
         self.person: Any = Person if right else WrongPerson
         self.basket: Any = Basket if right else WrongBasket
         self.line: Any = Line if right else WrongLine
+        self.clerk: Any = Clerk if right else WrongClerk
+        self.task: Any = Task if right else WrongTask
 
     def publish(self, session: orm.Session, entity: Any, *, locked: bool = False) -> None:
         """Flush; the wrong way then publishes what the session remembers."""
@@ -108,6 +165,10 @@ class Way:
             session.expire_all()
         if isinstance(entity, WrongPerson):
             outbox.put(session, "person", entity.id, person_state(entity))
+        elif isinstance(entity, WrongClerk):
+            # It knows that the object must be read again.
+            session.expire(entity)
+            outbox.put(session, "clerk", entity.id, clerk_state(entity))
         else:
             outbox.put(session, "basket", entity.id, basket_state(entity))
 
@@ -121,7 +182,8 @@ def way(request: pytest.FixtureRequest) -> Way:
 def database(outbox_database: str) -> str:
     with psycopg.connect(outbox_database) as connection:
         connection.execute(
-            "INSERT INTO outbox.entity_types (name, topic) VALUES ('person', 'person'), ('basket', 'basket')"
+            "INSERT INTO outbox.entity_types (name, topic) VALUES ('person', 'person'), ('basket', 'basket'), "
+            "('clerk', 'clerk')"
         )
     return outbox_database
 
@@ -133,7 +195,10 @@ def engine(database: str) -> Iterator[sa.Engine]:
     with engine.begin() as connection:
         for statement in (
             "INSERT INTO people VALUES (1, 'Ada', 'old@example.org')",
-            "INSERT INTO baskets VALUES (1, 1)",
+            "INSERT INTO employees VALUES (1, 'clerk', 'Ada')",
+            "INSERT INTO clerks VALUES (1, 0)",
+            "INSERT INTO tasks VALUES (1, 1, 'old')",
+            "INSERT INTO baskets VALUES (1, 1), (2, 1)",
             "INSERT INTO basket_lines VALUES (1, 1, 'old'), (2, 1, 'old')",
         ):
             connection.exec_driver_sql(statement)
@@ -144,7 +209,7 @@ def engine(database: str) -> Iterator[sa.Engine]:
 def last_state(url: str) -> Any:
     with psycopg.connect(url) as connection:
         row = connection.execute("SELECT state FROM outbox.entries ORDER BY id DESC LIMIT 1").fetchone()
-    return None if row is None else orjson.loads(row[0])
+    return None if row is None or row[0] is None else orjson.loads(row[0])
 
 
 def table_state(engine: sa.Engine, way: Way) -> tuple[Any, Any]:
@@ -329,8 +394,111 @@ def test_two_children_added_to_one_root(engine: sa.Engine, database: str, level:
     assert last_state(database) == {"lines": {"1": "old", "2": "old", "3": "three", "4": "four"}}
 
 
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+@pytest.mark.parametrize("second_change", ["the subclass's table", "a part"])
+def test_two_tables_of_one_object(way: Way, engine: sa.Engine, database: str, second_change: str, level: str) -> None:
+    """Joined inheritance: an UPDATE of one table does not wait for an UPDATE of the other; the base row is for both."""
+    some = engine.execution_options(isolation_level=level)
+    with orm.Session(some) as first, orm.Session(some) as second:
+        clerks = [session.get_one(way.clerk, 1) for session in (first, second)]
+        assert [(clerk.bonus, len(clerk.tasks)) for clerk in clerks] == [(0, 1), (0, 1)]
+        pid = backend(second)
+        if second_change == "a part":
+            clerks[0].bonus = 7
+        else:
+            clerks[0].name = "Eve"
+        way.publish(first, clerks[0])
+
+        def work() -> None:
+            clerk = second.get_one(way.clerk, 1)
+            if second_change == "a part":
+                clerk.tasks[0].text = "new"
+            else:
+                clerk.bonus = 7
+            way.publish(second, clerk)
+            second.commit()
+
+        thread = Background(work)
+        if way.right:
+            wait_until_blocked(database, pid, thread.thread)
+            first.commit()
+            thread.join()
+        else:
+            thread.join()
+            first.commit()
+        if way.right and level == "REPEATABLE READ":
+            assert isinstance(thread.error, sa.exc.OperationalError)
+            second.rollback()
+            work()
+        else:
+            assert thread.error is None
+    with orm.Session(engine) as session:
+        in_table = clerk_state(session.get_one(way.clerk, 1))
+    assert (
+        in_table
+        == {
+            "a part": {"name": "Ada", "bonus": 7, "tasks": ["new"]},
+            "the subclass's table": {"name": "Eve", "bonus": 7, "tasks": ["old"]},
+        }[second_change]
+    )
+    assert (last_state(database) == in_table) is way.right
+
+
+def test_a_part_that_moved_while_its_root_was_awaited(engine: sa.Engine, database: str) -> None:
+    """Roots are found before parts are locked: what moves meanwhile is looked up once more."""
+    with orm.Session(engine) as first, orm.Session(engine) as second:
+        line = second.get_one(Line, 1)
+        pid = backend(second)
+        first.get_one(Line, 1).basket_id = 2
+        first.flush()
+
+        def work() -> None:
+            line.text = "new"
+            second.commit()
+
+        thread = Background(work)
+        wait_until_blocked(database, pid, thread.thread)
+        first.commit()
+        thread.join()
+        assert thread.error is None
+    with psycopg.connect(database) as connection:
+        rows = connection.execute("SELECT key, state FROM outbox.entries ORDER BY id").fetchall()
+    last = {key: orjson.loads(state) for key, state in rows}
+    assert last == {"1": {"lines": {"2": "old"}}, "2": {"lines": {"1": "new"}}}
+
+
+def test_a_change_of_a_part_and_the_deletion_of_its_root_do_not_deadlock(engine: sa.Engine, database: str) -> None:
+    """Both come from above: they meet at the root, whoever is first."""
+    with psycopg.connect(database) as blocker, orm.Session(engine) as deleting, orm.Session(engine) as changing:
+        blocker.execute("UPDATE baskets SET version = version WHERE id = 1")
+        pids = [backend(session) for session in (deleting, changing)]
+        line = changing.get_one(Line, 1)
+        basket = deleting.get_one(Basket, 1)
+        lines = list(basket.lines)
+
+        def delete() -> None:
+            for each in (*lines, basket):
+                deleting.delete(each)
+            deleting.commit()
+
+        def change() -> None:
+            line.text = "new"
+            changing.commit()
+
+        threads = []
+        for work, pid in zip((delete, change), pids, strict=True):
+            threads.append(Background(work))
+            wait_until_blocked(database, pid, threads[-1].thread)
+        blocker.commit()
+        for thread in threads:
+            thread.join()
+        assert threads[0].error is None
+        assert isinstance(threads[1].error, orm.exc.StaleDataError), "the part is gone"
+    assert last_state(database) is None
+
+
 def test_the_same_child_and_root_in_two_orders_do_not_deadlock(engine: sa.Engine, database: str) -> None:
-    """The rows of children are locked before the roots, in the order of their keys, by every flush."""
+    """Rows are locked in the order of their keys, by every flush."""
     with orm.Session(engine) as first, orm.Session(engine) as second:
         pid = backend(second)
         for number in (1, 2):
