@@ -160,6 +160,8 @@ def _parts_options(mapper: orm.Mapper[Any], path: tuple[orm.Mapper[Any], ...], b
         attribute = relationship.class_attribute
         option = orm.selectinload(attribute) if before is None else before.selectinload(attribute)
         options.append(option)
+        if below := _below(relationship.mapper):
+            options.append(option.selectin_polymorphic(below))
         # A tree of parts is loaded level by level when it is used.
         if relationship.mapper not in (*path, mapper):
             options += _parts_options(relationship.mapper, (*path, mapper), option)
@@ -167,8 +169,15 @@ def _parts_options(mapper: orm.Mapper[Any], path: tuple[orm.Mapper[Any], ...], b
 
 
 def _subclass_options(mapper: orm.Mapper[Any]) -> list[Any]:
-    below = [each.class_ for each in mapper.self_and_descendants if each is not mapper and not each.single]
-    return [orm.selectin_polymorphic(mapper.class_, below)] if below and mapper.polymorphic_on is not None else []
+    below = _below(mapper)
+    return [orm.selectin_polymorphic(mapper.class_, below)] if below else []
+
+
+def _below(mapper: orm.Mapper[Any]) -> list[type[Any]]:
+    """The subclasses that have tables of their own: a query of the class alone leaves those out."""
+    if mapper.polymorphic_on is None:
+        return []
+    return [each.class_ for each in mapper.self_and_descendants if each is not mapper and not each.single]
 
 
 # -- what is forgotten -----------------------------------------------------------------------------------------------
