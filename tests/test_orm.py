@@ -110,6 +110,8 @@ class Cart(Base):
     __tablename__ = "carts"
     id: Mapped[int] = mapped_column(primary_key=True)
     version: Mapped[int] = mapped_column(nullable=False)
+    owner_id: Mapped[int | None] = mapped_column(sa.ForeignKey("plains.id"))
+    owner: Mapped[Plain | None] = relationship()
     items: Mapped[list[Item]] = relationship(cascade="all, delete-orphan", order_by=lambda: Item.id)
     __mapper_args__ = {"version_id_col": version}
 
@@ -776,6 +778,22 @@ def test_the_version_of_the_mapper_is_used(session: orm.Session, log: Log) -> No
     session.delete(cart)
     session.commit()
     assert log() == [("order", "1", None)]
+
+
+def test_a_relationship_of_a_root_that_changes_with_a_part(
+    session: orm.Session, log: Log, statements: list[str]
+) -> None:
+    """The unit of work sets the foreign key and counts the version: nothing else may count it before."""
+    session.add_all([Cart(id=1, items=[]), Plain(id=1)])
+    session.commit()
+    log()
+    cart = session.get_one(Cart, 1)
+    cart.owner = session.get_one(Plain, 1)
+    session.add(Item(id=1, cart_id=1))
+    statements.clear()
+    session.commit()
+    assert log() == [("order", "1", {"version": 2, "items": [1]})]
+    assert len([statement for statement in statements if statement.startswith("UPDATE")]) == 1
 
 
 def test_a_root_that_is_a_published_subclass(session: orm.Session, log: Log) -> None:

@@ -27,7 +27,17 @@ from outbox.orm import keys
 from outbox.orm.publication import Publication, publication_of, role_of, ways_of
 from outbox.orm.reading import as_it_is, read_again
 from outbox.orm.roots import bump, climb, collections_of, new_parents, old_parents, parents
-from outbox.orm.rows import Identity, Row, changed_columns, connection_of, lock, state_of, top, writes_base
+from outbox.orm.rows import (
+    Identity,
+    Row,
+    changed_columns,
+    connection_of,
+    lock,
+    state_of,
+    top,
+    will_write_base,
+    writes_base,
+)
 from outbox.writer import NewEntry, put_many
 
 State = orm.InstanceState[Any]
@@ -103,7 +113,7 @@ def _before_flush(session: orm.Session, _context: object, _objects: object) -> N
                 changing.append(state)
                 if target in deleted:
                     flush.deleting[state] = role.publication
-                elif not writes_base(target):
+                elif not will_write_base(session, target):
                     flush.roots[_base_row(state)] = False
             if role.ways:
                 parts.add(_row(state))
@@ -111,7 +121,14 @@ def _before_flush(session: orm.Session, _context: object, _objects: object) -> N
         if role.ways:
             found |= new_parents(session, target)
     # A root that the flush itself updates is written by it, with the check of its version.
-    _settle(session, flush, found, parts, changing, unless=lambda root: root in deleted or writes_base(root))
+    _settle(
+        session,
+        flush,
+        found,
+        parts,
+        changing,
+        unless=lambda root: root in deleted or will_write_base(session, root),
+    )
     flush.held.update(changing)
     _read_old_keys(session, flush, [*changing, *unchanged])
 

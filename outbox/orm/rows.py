@@ -39,18 +39,30 @@ def changed_columns(target: object) -> bool:
     return any(state.attrs[attribute.key].history.has_changes() for attribute in state.mapper.column_attrs)
 
 
+def may_leave_base(mapper: orm.Mapper[Any]) -> bool:
+    """Whether a flush may write an object without the row in its base table: it has others, and no version to count."""
+    version = mapper.version_id_col
+    counts = version is not None and version.table is base_table(mapper) and mapper.version_id_generator is not False
+    return len(mapper.tables) > 1 and not counts
+
+
+def will_write_base(session: orm.Session, target: object) -> bool:
+    """Whether a flush that begins will write the row in the base table, as far as one can tell."""
+    if may_leave_base(state_of(target).mapper):
+        return writes_base(target)
+    # Also for a relationship that was set: its foreign key is not yet.
+    return session.is_modified(target, include_collections=False)
+
+
 def writes_base(target: object) -> bool:
     """Whether a flush writes the row in its base table, so that two that change one object exclude each other."""
     if not changed_columns(target):
         return False
     state = state_of(target)
     mapper = state.mapper
-    if len(mapper.tables) == 1:
+    if not may_leave_base(mapper):
         return True
     table = base_table(mapper)
-    version = mapper.version_id_col
-    if version is not None and version.table is table and mapper.version_id_generator is not False:
-        return True
     return any(
         state.attrs[attribute.key].history.has_changes()
         for attribute in mapper.column_attrs
