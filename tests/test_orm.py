@@ -935,6 +935,40 @@ def test_a_root_with_a_version_that_is_no_number_to_count(engine: sa.Engine, log
     ]
 
 
+def test_a_root_that_changes_its_primary_key_with_a_part(engine: sa.Engine, log: Log) -> None:
+    """The row that was found for the part has another name after the flush."""
+
+    class Own(orm.DeclarativeBase):
+        pass
+
+    class Root(Own):
+        __tablename__ = "roots"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        leaves: Mapped[list[Any]] = relationship("Leaf", back_populates="root", order_by="Leaf.id")
+
+    class Leaf(Own):
+        __tablename__ = "leaves"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        root_id: Mapped[int] = mapped_column(sa.ForeignKey("roots.id", onupdate="CASCADE"))
+        text: Mapped[str]
+        root: Mapped[Any] = relationship("Root", back_populates="leaves")
+
+    outbox.published(Root, type="order", key="id", state=lambda it: [leaf.text for leaf in it.leaves])
+    outbox.part_of("root")(Leaf)
+    Own.metadata.create_all(engine)
+    with orm.Session(engine) as session:
+        session.add_all([Root(id=number, leaves=[Leaf(id=number, text="old")]) for number in (1, 2)])
+        session.commit()
+        log()
+        root = session.get_one(Root, 1)
+        leaves = session.scalars(sa.select(Leaf).order_by(Leaf.id)).all()
+        for leaf in leaves:
+            leaf.text = "new"
+        root.id = 5
+        session.commit()
+    assert sorted(log()) == [("order", "1", None), ("order", "2", ["new"]), ("order", "5", ["new"])]
+
+
 def test_a_version_in_a_table_of_a_subclass_is_refused(engine: sa.Engine) -> None:
     """The row that everybody updates is the one in the base table."""
 

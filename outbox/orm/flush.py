@@ -48,6 +48,8 @@ class _Flush:
     # Objects whose rows this flush inserts or updates; those of them of which it writes the row in the base table.
     written: dict[State, Any] = field(default_factory=dict)
     base_written: set[State] = field(default_factory=set)
+    # Their rows as they were called before: a primary key may change.
+    rows_before: dict[State, Row] = field(default_factory=dict)
     # Parts that it changes; those of them whose roots before the flush were read from the database.
     parts: dict[State, Any] = field(default_factory=dict)
     known: set[State] = field(default_factory=set)
@@ -273,6 +275,7 @@ def _wrote(session: orm.Session, flush: _Flush, target: object) -> None:
     state = state_of(target)
     if publication_of(target.__class__) is not None:
         flush.written[state] = target
+        flush.rows_before[state] = _base_row(state)
         if writes_base(target):
             flush.base_written.add(state)
     if ways_of(target.__class__):
@@ -340,8 +343,9 @@ def _after_flush_postexec(session: orm.Session, _context: object) -> None:
 
 
 def _publish(session: orm.Session, flush: _Flush) -> None:
-    deleted = {_base_row(state) for state in flush.deleting}
-    roots = [row for row in flush.roots if row not in deleted]
+    gone = {_base_row(state) for state in flush.deleting}
+    gone |= {row for state, row in flush.rows_before.items() if state.identity is None or _base_row(state) != row}
+    roots = [row for row in flush.roots if row not in gone]
     targets, parts = read_again(session, flush.written, roots, flush.there)
     _remember(session, parts)
     before = _pending(session)
