@@ -67,8 +67,11 @@ JVM_OPTIONS: Sequence[str] = (
 )
 
 
-def java_command(main_class: str, *arguments: str, jvm: Sequence[str] = ()) -> list[str]:
-    """The command that runs a class of Kafka's jars; `ServerError` when Java or the jars are missing."""
+def java_command(main_class: str, *arguments: str, jvm: Sequence[str] = (), tmp: Path | None = None) -> list[str]:
+    """The command that runs a class of Kafka's jars; `ServerError` when Java or the jars are missing.
+
+    `tmp` is where it may leave files (native libraries unpack themselves, and stay when it is killed).
+    """
     try:
         java = java_program()
     except InstallError as error:
@@ -78,6 +81,7 @@ def java_command(main_class: str, *arguments: str, jvm: Sequence[str] = ()) -> l
     return [
         java,
         *jvm,
+        *([f"-Djava.io.tmpdir={tmp}"] if tmp is not None else []),
         f"-Dlog4j2.configurationFile={LOGGING.as_uri()}",
         *("-cp", f"{LIBS}/*", main_class, *arguments),
     ]
@@ -200,7 +204,7 @@ class Kafka:
         if not (self.data / "meta.properties").is_file():
             self._format()
         self._child = Child(
-            java_command("kafka.Kafka", str(self.settings), jvm=self.jvm),
+            java_command("kafka.Kafka", str(self.settings), jvm=self.jvm, tmp=self.directory),
             log=self.log,
             cwd=self.directory,
             tied=self._tied,
