@@ -511,7 +511,7 @@ def _autocommit() -> EntryError:
 @cache
 def _psycopg_text(query: str, schema: str) -> bytes:
     # Bytes: psycopg's types allow a text only when it is a literal, so that none is assembled from input.
-    return load("writer")[query].replace("{schema}", quoted(schema).replace("%", "%%")).encode()
+    return load("writer")[query].replace("{schema}", quoted(schema)).encode()
 
 
 @cache
