@@ -35,17 +35,24 @@ _FIRST_PAUSE = 0.05
 class Relay:
     """Publishes one shard of one outbox until `wake` is set.
 
-    `done` sums up what this process has published.
+    `done` sums up what this process has published. `reader` and `shard_log` make its two edges.
     """
 
-    def __init__(self, config: Config, *, wake: Wake | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        wake: Wake | None = None,
+        reader: type[Reader] = Reader,
+        shard_log: type[ShardLog] = ShardLog,
+    ) -> None:
         self._config = config
         self._wake = wake or Wake()
-        self._reader = Reader(config, shard=config.shard, stop=self._stopping)
+        self._reader = reader(config, shard=config.shard, stop=self._stopping)
         self._shard = Shard(
             config,
             self._reader,
-            partial(ShardLog, config),
+            partial(shard_log, config),
             partial(adopt_log, config, stop=self._stopping),
             stop=self._stopping,
         )

@@ -1,0 +1,304 @@
+"""A scene: the servers, the outbox, the load, and relays as processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+
+from devstack.kafka import Kafka
+from devstack.postgres import Postgres
+from faults.judge import Judgement, judge
+from faults.load import TYPES, Load, make_domain
+from faults.proxy import Proxy
+from outbox import schema
+from outbox.config import Config
+from outbox.kafka.shard_log import read_positions
+from outbox.position import Position
+from relays import environment, eventually, must
+
+TESTS = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Relay:
+    """A relay's process; `log` is kept over its lives."""
+
+    command: Sequence[str]
+    env: dict[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+    began: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.began = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, env=self.env, stdout=log, stderr=log, cwd=TESTS)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.process.poll() is None
+
+    def events(self) -> list[dict[str, Any]]:
+        """What this life of it has logged."""
+        with self.log.open("rb") as log:
+            log.seek(self.began)
+            return [json.loads(line) for line in log.read().splitlines() if line.startswith(b"{")]
+
+    def said(self, name: str) -> dict[str, Any] | None:
+        """The last event of a name, if there is one."""
+        return next((event for event in reversed(self.events()) if event.get("event") == name), None)
+
+    def wait_said(self, name: str, *, seconds: float = 60) -> dict[str, Any]:
+        """Wait until it has said it."""
+        return eventually(lambda: self.said(name), seconds=seconds, what=f"event {name} in {self.log}")
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, by its id."""
+        self.process.send_signal(number)
+
+    def wait(self, *, seconds: float = 60) -> int:
+        """Wait for its end; the exit code."""
+        return self.process.wait(seconds)
+
+    def wait_frozen(self, *, seconds: float = 60) -> None:
+        """Wait until it is stopped by a signal (or has ended)."""
+
+        def frozen() -> bool:
+            try:
+                state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                return True
+            return state in "TZ"
+
+        eventually(frozen, seconds=seconds, what="frozen")
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.alive:
+            self.process.kill()
+        self.process.wait()
+
+
+class Scene:
+    """PostgreSQL and Kafka of its own, both behind proxies as far as the relay is concerned; an outbox; its types.
+
+    Writers reach PostgreSQL directly: what is cut is the relay's line. `relay()` and `victim()` start relays;
+    `settle()` drains and judges.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        postgres: dict[str, str] | None = None,
+        kafka: dict[str, str] | None = None,
+        shards: int = 1,
+        doorbell: bool = True,
+        **settings: object,
+    ) -> None:
+        self.directory = directory / name
+        self.directory.mkdir(parents=True)
+        self.directory.chmod(0o755)
+        self.name = name
+        self._stack = ExitStack()
+        self.postgres = Postgres(self.directory / "postgres", options={"shared_buffers": "64MB", **(postgres or {})})
+        self.kafka_proxy_port: int | None = None
+        self._kafka_properties = kafka or {}
+        self.shards = shards
+        self.doorbell = doorbell
+        self.settings: dict[str, object] = {"backoff_max": "0.5", "batch_rows": "60", **settings}
+        self._relays: list[Relay] = []
+        self._logs = 0
+        self.timeline = 1
+        self.adopted = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._make()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for relay in self._relays:
+            relay.kill()
+        self._stack.close()
+
+    def _make(self) -> None:
+        first = self.postgres
+        first.launch()
+        self._stack.callback(lambda: first.stop("immediate"))
+        kafka = Kafka(self.directory / "kafka")
+        proxy = self._stack.enter_context(Proxy(kafka.port, kafka=True))
+        # Clients are told to come to the proxy; nobody else is there.
+        kafka.properties["advertised.listeners"] = (
+            f"PLAINTEXT://127.0.0.1:{proxy.port},CONTROLLER://127.0.0.1:{kafka.controller_port}"
+        )
+        kafka.properties.update(self._kafka_properties)
+        self.kafka, self.kafka_line = kafka, proxy
+        kafka.launch()
+        self._stack.callback(kafka.kill)
+        self.postgres.wait_ready()
+        kafka.wait_ready()
+        self.postgres_line = self._stack.enter_context(Proxy(self.postgres.port))
+        with psycopg.connect(self.postgres.url()) as connection:
+            schema.install(
+                connection, schema.Settings(self.name, shards=self.shards, doorbell=self.doorbell, retention="1 day")
+            )
+        make_domain(self.postgres.url())
+        for type_name in TYPES:
+            collapse = ["--no-collapse"] if type_name == "every" else []
+            must(self.env(), "types", "add", type_name, "--topic", self.topics[type_name], *collapse)
+        must(self.env(), "topics", "apply", "--yes")
+
+    # --- what it is ------------------------------------------------------------------------------
+
+    @property
+    def topics(self) -> dict[str, str]:
+        """The topics, by entity type."""
+        return {type_name: f"{self.name}.{type_name}" for type_name in TYPES}
+
+    @property
+    def bootstrap(self) -> str:
+        """Kafka, through its proxy."""
+        return f"127.0.0.1:{self.kafka_line.port}"
+
+    def env(self, **settings: object) -> dict[str, str]:
+        """The environment of a relay or command: both servers through their proxies."""
+        line = getattr(self, "postgres_line", None)
+        url = self.postgres.url() if line is None else self.postgres.url().replace(
+            f":{self.postgres.port}/", f":{line.port}/"
+        )  # fmt: skip
+        env = environment(url, self.bootstrap, **{**self.settings, **settings})
+        path = os.pathsep.join([str(TESTS), str(TESTS.parent / "examples")])
+        return {**env, "PYTHONPATH": path}
+
+    def url(self) -> str:
+        """PostgreSQL, directly: for the owning service and the checker."""
+        return self.postgres.url()
+
+    def load(self, **more: Any) -> Load:
+        """The owning service's writers."""
+        return Load(self.url, timeline=self.timeline, **more)
+
+    # --- relays ----------------------------------------------------------------------------------
+
+    def relay(self, *, shard: int = 0, **settings: object) -> Relay:
+        """Start the relay of the command line."""
+        command = [str(Path(sys.executable).with_name("outbox")), "relay"]
+        return self._start(command, self.env(shard=shard, **settings))
+
+    def victim(self, place: str, number: int, what: str = "KILL", **settings: object) -> Relay:
+        """Start a relay that kills or freezes itself at a place."""
+        return self._start([sys.executable, "-m", "faults.victim", place, str(number), what], self.env(**settings))
+
+    def _start(self, command: Sequence[str], env: dict[str, str]) -> Relay:
+        self._logs += 1
+        relay = Relay(command, env, self.directory / f"relay-{self._logs}.log")
+        self._relays.append(relay)
+        return relay
+
+    def replace_postgres(self, other: Postgres) -> None:
+        """Another server takes the database's place: for writers, for the checker, behind the relay's proxy."""
+        self.postgres = other
+        self._stack.callback(lambda: other.stop("immediate"))
+        self.postgres_line.target = other.port
+        self.postgres_line.cut()
+
+    # --- how far it is ---------------------------------------------------------------------------
+
+    def put(self, key: str) -> None:
+        """A change beside the load, of a type and entity of its own."""
+        with psycopg.connect(self.url()) as connection:
+            connection.execute(
+                "UPDATE thing SET version = version + 1, alive = true WHERE type = 'wide' AND key = 'k1'"
+            )
+            connection.execute(
+                "INSERT INTO outbox.entries (type, key, state) SELECT 'wide', 'k1',"
+                " convert_to(jsonb_build_object('version', version, 'on', %s::int)::text, 'UTF8')"
+                " FROM thing WHERE type = 'wide' AND key = 'k1'",
+                [self.timeline],
+            )
+
+    def greatest(self) -> int:
+        """The greatest committed entry id."""
+        with psycopg.connect(self.url()) as connection:
+            row = connection.execute("SELECT coalesce(max(id), 0) FROM outbox.entries").fetchone()
+        return int(row[0]) if row else 0
+
+    def unpublished(self) -> int:
+        """How many entries wait, by the relay's own position."""
+        status = json.loads(must(self.env(), "status", "--json"))
+        return sum(int(one["unpublished"]) for one in status["types"])
+
+    def seconds_until_published(self, *, seconds: float = 90) -> float:
+        """How long it takes until what is committed now is published."""
+        began = time.monotonic()
+        target = self.greatest()
+
+        def there() -> bool:
+            config = Config(kafka_bootstrap_servers=self.bootstrap)
+            values = read_positions(config, self.name)
+            if any(value is None for value in values):
+                return False
+            found = [Position.decode(value) for value in values if value is not None]
+            return all(
+                one.point.floor >= target or (one.cut is not None and one.cut.last_id >= target) for one in found
+            )
+
+        eventually(there, seconds=seconds, what=f"publishing up to entry {target}")
+        return time.monotonic() - began
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def settle(self, *relays: Relay) -> Judgement:
+        """End what runs, drain, and judge. The load must have ended."""
+        for relay in relays:
+            if relay.alive:
+                relay.send(signal.SIGCONT)
+                relay.send(signal.SIGTERM)
+                assert relay.wait(seconds=15) == 0, relay.log.read_text()[-2000:]
+        for shard in range(self.shards):
+            must(self.env(shard=shard), "relay", "--until-caught-up", "--timeout", "120", seconds=150)
+        return judge(self.url(), self.bootstrap, self.topics, timeline=self.timeline, adopted=self.adopted)
+
+
+Case = Callable[[Path, int, Callable[[str], None]], "Outcome"]
+"""Runs a case so many times in a directory, saying what it does."""
+
+
+@dataclass
+class Outcome:
+    """A row of the table: a fault, how often it was injected, the verdict, and how long until publishing went on."""
+
+    fault: str
+    times: int
+    judgement: Judgement
+    seconds: list[float] = field(default_factory=list)
+    notes: str = ""
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """For the table."""
+        seconds = sorted(self.seconds)
+        shown = "" if not seconds else f"{seconds[len(seconds) // 2]:.1f} / {seconds[-1]:.1f}"
+        j = self.judgement
+        wrong = (str(n) for n in (j.lost, j.doubled, j.stale, j.ghosts))
+        return (self.fault, str(self.times), str(j.entries), str(j.records), *wrong, shown)
