@@ -160,7 +160,9 @@ def _not_connected(error: psycopg.Error, where: str) -> OutboxError:
             f"The database URL (of {where}) cannot be used: {_last(error)}.",
             cure="Correct OUTBOX_DATABASE_URL; the parameters are libpq's.",
         )
-    if any(word in str(error) for word in ("password", "authentication", "no pg_hba.conf entry")):
+    if any(
+        word in str(error) for word in ("password", "authentication", "no pg_hba.conf entry", "not permitted to log in")
+    ):
         return DatabaseError(
             f"PostgreSQL at {where} refused the login: {_last(error)}.",
             cure="Check the user and the password in OUTBOX_DATABASE_URL.",

@@ -56,7 +56,7 @@ class Relay:
             partial(adopt_log, config, stop=self._stopping),
             stop=self._stopping,
         )
-        self._waiting_for: str | None = None
+        self._waiting_for: tuple[str, str] | None = None
         self._tries = 0
         self._next_prune = 0.0
         self._deadline: float | None = None
@@ -131,20 +131,21 @@ class Relay:
             return
         self._check_time(error.message.rstrip("."))
         what = "database" if database else "topic" if isinstance(error, TopicError) else "kafka"
-        if self._waiting_for != what:
+        # A server that is back, and now denies what it allowed, is news.
+        if self._waiting_for != (how, what):
             shard = self._config.shard
             if how == "waiting":
                 emit(log, "relay.waiting", shard=shard, what=what, error=error.message, cure=error.cure)
             else:
                 emit(log, "relay.stuck", shard=shard, what=what, error=error.message, cure=error.cure)
-            self._waiting_for = what
+            self._waiting_for = (how, what)
         self._show(f"{how}:{what}")
         self._wake.wait(min(self._config.backoff_max, _FIRST_PAUSE * 2 ** min(self._tries, 20)))
         self._tries += 1
 
     def _went_on(self) -> None:
         if self._waiting_for is not None:
-            emit(log, "relay.resumed", shard=self._config.shard, what=self._waiting_for)
+            emit(log, "relay.resumed", shard=self._config.shard, what=self._waiting_for[1])
             self._waiting_for = None
         self._tries = 0
 

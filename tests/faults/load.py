@@ -40,7 +40,8 @@ class Load:
 
     `asynchronous`: the share of commits that do not wait for the disk. `aborts`: that of transactions that roll back.
     `pause`: the longest pause between two transactions, seconds. `written` counts the transactions that committed, as
-    far as their writer knows; `failed` those that did not, each with a first word of why in `errors`.
+    far as their writer knows; `failed` those that did not, each with a first word of why in `errors`. `slowest` is the
+    longest that a single entry took to be inserted, seconds.
     """
 
     url: Callable[[], str]
@@ -51,6 +52,7 @@ class Load:
     timeline: int = 1
     written: int = 0
     failed: int = 0
+    slowest: float = 0.0
     errors: dict[str, int] = field(default_factory=dict)
     _over: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -133,4 +135,6 @@ class Load:
         ).fetchone()
         assert row is not None
         state = orjson.dumps({"version": row[0], "on": self.timeline}) if alive else None
+        began = time.monotonic()
         connection.execute("INSERT INTO outbox.entries (type, key, state) VALUES (%s, %s, %s)", [name, key, state])
+        self.slowest = max(self.slowest, time.monotonic() - began)

@@ -16,9 +16,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import psycopg
+from confluent_kafka.admin import AdminClient
 
 from devstack.kafka import Kafka
 from devstack.postgres import Postgres
+from faults.cluster import Cluster
 from faults.judge import Judgement, judge
 from faults.load import TYPES, Load, make_domain
 from faults.proxy import Proxy
@@ -108,6 +110,9 @@ class Scene:
         kafka: dict[str, str] | None = None,
         shards: int = 1,
         doorbell: bool = True,
+        brokers: int = 1,
+        relay_role: str | None = None,
+        retention: str = "1 day",
         **settings: object,
     ) -> None:
         self.directory = directory / name
@@ -116,7 +121,9 @@ class Scene:
         self.name = name
         self._stack = ExitStack()
         self.postgres = Postgres(self.directory / "postgres", options={"shared_buffers": "64MB", **(postgres or {})})
-        self.kafka_proxy_port: int | None = None
+        self._brokers = brokers
+        self._relay_role = relay_role
+        self._retention = retention
         self._kafka_properties = kafka or {}
         self.shards = shards
         self.doorbell = doorbell
@@ -125,6 +132,7 @@ class Scene:
         self._logs = 0
         self.timeline = 1
         self.adopted = False
+        self.republished = False
 
     def __enter__(self) -> Self:
         try:
@@ -145,6 +153,29 @@ class Scene:
         first = self.postgres
         first.launch()
         self._stack.callback(lambda: first.stop("immediate"))
+        if self._brokers == 1:
+            self._make_kafka()
+        else:
+            self.cluster = self._stack.enter_context(Cluster(self.directory))
+            self.settings["replication_factor"] = "3"
+        self.postgres.wait_ready()
+        self.postgres_line = self._stack.enter_context(Proxy(self.postgres.port))
+        with psycopg.connect(self.postgres.url()) as connection:
+            schema.install(
+                connection,
+                schema.Settings(self.name, shards=self.shards, doorbell=self.doorbell, retention=self._retention),
+            )
+            if self._relay_role is not None:
+                connection.execute(f"CREATE ROLE {self._relay_role} LOGIN".encode())
+                for statement in schema.grants("outbox", relay=self._relay_role):
+                    connection.execute(statement.encode())
+        make_domain(self.postgres.url())
+        for type_name in TYPES:
+            collapse = ["--no-collapse"] if type_name == "every" else []
+            must(self.env(), "types", "add", type_name, "--topic", self.topics[type_name], *collapse)
+        must(self.env(), "topics", "apply", "--yes")
+
+    def _make_kafka(self) -> None:
         kafka = Kafka(self.directory / "kafka")
         proxy = self._stack.enter_context(Proxy(kafka.port, kafka=True))
         # Clients are told to come to the proxy; nobody else is there.
@@ -153,20 +184,8 @@ class Scene:
         )
         kafka.properties.update(self._kafka_properties)
         self.kafka, self.kafka_line = kafka, proxy
-        kafka.launch()
         self._stack.callback(kafka.kill)
-        self.postgres.wait_ready()
-        kafka.wait_ready()
-        self.postgres_line = self._stack.enter_context(Proxy(self.postgres.port))
-        with psycopg.connect(self.postgres.url()) as connection:
-            schema.install(
-                connection, schema.Settings(self.name, shards=self.shards, doorbell=self.doorbell, retention="1 day")
-            )
-        make_domain(self.postgres.url())
-        for type_name in TYPES:
-            collapse = ["--no-collapse"] if type_name == "every" else []
-            must(self.env(), "types", "add", type_name, "--topic", self.topics[type_name], *collapse)
-        must(self.env(), "topics", "apply", "--yes")
+        kafka.start()
 
     # --- what it is ------------------------------------------------------------------------------
 
@@ -177,7 +196,9 @@ class Scene:
 
     @property
     def bootstrap(self) -> str:
-        """Kafka, through its proxy."""
+        """Kafka, through its proxy; a cluster directly."""
+        if self._brokers > 1:
+            return self.cluster.bootstrap
         return f"127.0.0.1:{self.kafka_line.port}"
 
     def env(self, **settings: object) -> dict[str, str]:
@@ -203,11 +224,15 @@ class Scene:
     def relay(self, *, shard: int = 0, **settings: object) -> Relay:
         """Start the relay of the command line."""
         command = [str(Path(sys.executable).with_name("outbox")), "relay"]
-        return self._start(command, self.env(shard=shard, **settings))
+        env = self.env(shard=shard, **settings)
+        if self._relay_role is not None:
+            env["OUTBOX_DATABASE_URL"] = env["OUTBOX_DATABASE_URL"].replace("postgres@", f"{self._relay_role}@")
+        return self._start(command, env)
 
-    def victim(self, place: str, number: int, what: str = "KILL", **settings: object) -> Relay:
-        """Start a relay that kills or freezes itself at a place."""
-        return self._start([sys.executable, "-m", "faults.victim", place, str(number), what], self.env(**settings))
+    def victim(self, place: str, number: int, what: str = "KILL", *, deaf: bool = False, **settings: object) -> Relay:
+        """Start a relay that kills or freezes itself at a place; see `faults.victim`."""
+        command = [sys.executable, "-m", "faults.victim", place, str(number), what]
+        return self._start([*command, "deaf"] if deaf else command, self.env(**settings))
 
     def _start(self, command: Sequence[str], env: dict[str, str]) -> Relay:
         self._logs += 1
@@ -225,17 +250,61 @@ class Scene:
     # --- how far it is ---------------------------------------------------------------------------
 
     def put(self, key: str) -> None:
-        """A change beside the load, of a type and entity of its own."""
+        """A change beside the load, of an entity of its own."""
         with psycopg.connect(self.url()) as connection:
-            connection.execute(
-                "UPDATE thing SET version = version + 1, alive = true WHERE type = 'wide' AND key = 'k1'"
-            )
-            connection.execute(
-                "INSERT INTO outbox.entries (type, key, state) SELECT 'wide', 'k1',"
-                " convert_to(jsonb_build_object('version', version, 'on', %s::int)::text, 'UTF8')"
-                " FROM thing WHERE type = 'wide' AND key = 'k1'",
-                [self.timeline],
-            )
+            self.change(connection, key)
+
+    def change(self, connection: psycopg.Connection, key: str) -> None:
+        """The same in somebody's transaction."""
+        connection.execute(
+            "INSERT INTO thing (type, key, version, alive, changed_on) VALUES ('wide', %s, 1, true, %s)"
+            " ON CONFLICT (type, key) DO UPDATE SET version = thing.version + 1",
+            [key, self.timeline],
+        )
+        connection.execute(
+            "INSERT INTO outbox.entries (type, key, state) SELECT type, key,"
+            " convert_to(jsonb_build_object('version', version, 'on', changed_on)::text, 'UTF8')"
+            " FROM thing WHERE type = 'wide' AND key = %s",
+            [key],
+        )
+
+    def sql(self, statement: str) -> None:
+        """A statement of the database's owner."""
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+    def lose_positions(self) -> None:
+        """Delete the positions topic, as somebody might, and make it anew."""
+        topic = f"{self.name}.outbox.positions"
+        admin = AdminClient({"bootstrap.servers": self.bootstrap})
+        admin.delete_topics([topic])[topic].result()
+        eventually(lambda: topic not in admin.list_topics(timeout=5).topics, what="the topic is gone")
+        must(self.env(), "topics", "apply", "--yes")
+        self.republished = True
+
+    @staticmethod
+    def count_said(relay: Relay, name: str) -> int:
+        """How often a relay has logged an event."""
+        return sum(event.get("event") == name for event in relay.events())
+
+    def wait_in_sync(self, *, seconds: float = 60) -> None:
+        """Wait until every partition has all of its replicas in sync."""
+        admin = AdminClient({"bootstrap.servers": self.bootstrap})
+
+        def in_sync() -> bool:
+            topics = admin.list_topics(timeout=5).topics.values()
+            return all(len(p.isrs) == len(p.replicas) for topic in topics for p in topic.partitions.values())
+
+        eventually(in_sync, seconds=seconds, what="in sync")
+
+    def drain_peak(self) -> float:
+        """Drain with a relay of its own; its peak memory in MB."""
+        command = [str(Path(sys.executable).with_name("outbox")), "relay", "--until-caught-up"]
+        relay = self._start(command, self.env())
+        _, status, usage = os.wait4(relay.process.pid, 0)
+        relay.process.returncode = os.waitstatus_to_exitcode(status)
+        assert relay.process.returncode == 0, relay.log.read_text()[-2000:]
+        return usage.ru_maxrss / 1024
 
     def greatest(self) -> int:
         """The greatest committed entry id."""
@@ -277,7 +346,14 @@ class Scene:
                 assert relay.wait(seconds=15) == 0, relay.log.read_text()[-2000:]
         for shard in range(self.shards):
             must(self.env(shard=shard), "relay", "--until-caught-up", "--timeout", "120", seconds=150)
-        return judge(self.url(), self.bootstrap, self.topics, timeline=self.timeline, adopted=self.adopted)
+        return judge(
+            self.url(),
+            self.bootstrap,
+            self.topics,
+            timeline=self.timeline,
+            adopted=self.adopted,
+            republished=self.republished,
+        )
 
 
 Case = Callable[[Path, int, Callable[[str], None]], "Outcome"]

@@ -1,7 +1,8 @@
-"""A relay that is killed, or frozen, exactly between two of its calls: `python -m faults.victim PLACE N WHAT`.
+"""A relay that is killed, or frozen, exactly between two of its calls: `python -m faults.victim PLACE N WHAT [deaf]`.
 
 It is the relay of the command line, with the ports of its shard wrapped: at the Nth passing of PLACE (counted once it
-holds the shard) it sends itself WHAT (`KILL`, `STOP`). The settings come from the environment, as for `outbox relay`.
+holds the shard) it sends itself WHAT (`KILL`, `STOP`). A deaf one falls asleep without its second look.
+The settings come from the environment, as for `outbox relay`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from outbox.logs import configure
 from outbox.message import Message
 from outbox.reader import Reader
 from outbox.relay import Relay
+from outbox.shard import Shard
 from outbox.wake import Wake
 
 PLACES = (
@@ -32,12 +34,15 @@ PLACES = (
 )
 """Between the calls of one step, in their order."""
 
+BEFORE_THE_BELL = "before the bell"
+"""Between a read that found nothing and the attempt to hold the doorbell."""
+
 
 class Trigger:
     """Sends the signal at the Nth passing of a place."""
 
     def __init__(self, place: str, number: int, what: signal.Signals) -> None:
-        if place not in PLACES:
+        if place not in {*PLACES, BEFORE_THE_BELL}:
             raise SystemExit(f"There is no place {place!r}; there are: {', '.join(PLACES)}.")
         self._place, self._left, self._what = place, number, what
         self.armed = False
@@ -63,6 +68,11 @@ class VictimReader(Reader):
         if batch.entries:
             self.trigger.passes("after read")
         return batch
+
+    def try_bell(self) -> bool:
+        """As the relay's."""
+        self.trigger.passes(BEFORE_THE_BELL)
+        return super().try_bell()
 
 
 class VictimLog(ShardLog):
@@ -98,6 +108,8 @@ class VictimLog(ShardLog):
 def main() -> None:
     """Run it until it is stopped."""
     place, number, what = sys.argv[1], int(sys.argv[2]), signal.Signals[f"SIG{sys.argv[3]}"]
+    if sys.argv[4:] == ["deaf"]:
+        Shard.look_again = lambda self: False  # type: ignore[method-assign]  # the rule that is left out
     trigger = Trigger(place, number, what)
     VictimReader.trigger = VictimLog.trigger = trigger
     config = resolve({}, dict(os.environ), None).config

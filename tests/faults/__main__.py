@@ -1,0 +1,146 @@
+"""`python -m faults`: run the cases, with progress; print the table, and write it with `--write FILE`.
+
+Exit 0 when nothing was lost, doubled, stale or a ghost; 1 when something was, or a case failed; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from faults import cases
+from faults.scene import Outcome
+
+Run = Callable[[Path, int, cases.Say], Iterator[Outcome]]
+
+CASES: Mapping[str, tuple[Run, int]] = {
+    "killed": (cases.killed_at, 20),
+    "second-relay": (cases.second_relay, 20),
+    "zombie": (cases.zombie, 20),
+    "stall": (cases.stall, 5),
+    "crash": (cases.postgres_crash, 20),
+    "line": (cases.postgres_line, 20),
+    "answers": (cases.lost_answers, 20),
+    "kafka": (cases.kafka_away, 6),
+    "brokers": (cases.three_brokers, 4),
+    "fail-over": (cases.fail_over, 3),
+    "other-cluster": (cases.other_cluster, 1),
+    "transactions": (cases.open_transactions, 1),
+    "doorbell": (cases.doorbell, 300),
+    "backlog": (cases.backlog, 1),
+    "expired": (cases.expired, 4),
+    "mended": (cases.mended, 3),
+    "pruned": (cases.pruned, 10),
+    "two-shards": (cases.two_shards, 2),
+}
+"""The cases, and how often each injects its faults in a whole run."""
+
+COLUMNS = ("fault", "times", "entries", "records", "lost", "doubled", "out of order", "ghosts", "seconds until on")
+
+
+def main() -> int:
+    """Run; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"which of: {', '.join(CASES)} (all)")
+    parser.add_argument("--times", type=int, help="how often each, instead of its own number")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table into FILE, between its marks")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    chosen = parser.parse_args()
+    unknown = set(chosen.cases) - set(CASES)
+    if unknown:
+        parser.error(f"there is no case {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
+    console = Console(stderr=True, highlight=False)
+    began = time.monotonic()
+    outcomes: list[Outcome] = []
+    failed: list[str] = []
+    names = chosen.cases or list(CASES)
+    with (
+        tempfile.TemporaryDirectory(prefix="outbox-faults-") as made,
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        ) as progress,
+    ):
+        directory = Path(made)
+        directory.chmod(0o711)
+        all_of_it = progress.add_task("cases", total=len(names))
+        for name in names:
+            run, times = CASES[name]
+            progress.update(all_of_it, description=name)
+            say = partial(_say, progress, name)
+            try:
+                for outcome in run(directory, chosen.times or times, say):
+                    outcomes.append(outcome)
+                    verdict = "right" if outcome.judgement.right else "WRONG"
+                    progress.console.print(f"{verdict}: {outcome.fault}, {outcome.times} times {outcome.notes}")
+                    for example in outcome.judgement.examples:
+                        progress.console.print(f"    {example}")
+            except Exception:
+                failed.append(name)
+                progress.console.print(f"[red]FAILED: {name}[/red]")
+                progress.console.print(traceback.format_exc(), markup=False)
+            progress.advance(all_of_it)
+    _print(outcomes, as_json=chosen.json)
+    total = sum(outcome.times for outcome in outcomes)
+    console.print(f"{total} faults in {time.monotonic() - began:.0f} s")
+    if chosen.write and not failed:
+        _write(chosen.write, outcomes, total, time.monotonic() - began)
+    return 1 if failed or any(not outcome.judgement.right for outcome in outcomes) else 0
+
+
+def _say(progress: Progress, name: str, text: str) -> None:
+    if progress.console.is_terminal:
+        progress.update(progress.task_ids[0], description=text)
+    else:
+        progress.console.print(f"{name}: {text}")
+
+
+def _print(outcomes: list[Outcome], *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps([dict(zip(COLUMNS, o.row, strict=True)) for o in outcomes]) + "\n")
+        return
+    table = Table(*COLUMNS)
+    for outcome in outcomes:
+        table.add_row(*outcome.row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+
+
+def _write(file: Path, outcomes: list[Outcome], total: int, seconds: float) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, {platform.system()}"
+    about = (
+        f"{total} faults in one run of `make faults`, {seconds / 60:.0f} minutes, on {machine}, "
+        f"Python {platform.python_version()}. Seconds: from the fault's end to the publication of what was committed "
+        "by then, the median and the greatest."
+    )
+    lines = [
+        about,
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" + "|--:" * (len(COLUMNS) - 1) + "|",
+        *("| " + " | ".join(outcome.row) + " |" for outcome in outcomes),
+        "",
+        *(f"- {outcome.fault}: {outcome.notes}" for outcome in outcomes if outcome.notes),
+    ]
+    before, _, rest = file.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    file.write_text(before + BEGIN + "\n" + "\n".join(lines).rstrip() + "\n" + END + after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

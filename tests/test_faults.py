@@ -1,0 +1,81 @@
+"""Faults on real servers, a quick selection; `make faults` runs all of them, many times."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from faults import cases
+from faults.scene import Outcome, Scene
+from faults.victim import BEFORE_THE_BELL
+from relays import eventually
+
+pytestmark = [pytest.mark.postgres, pytest.mark.kafka, pytest.mark.acceptance]
+
+Run = Callable[[Path, int, cases.Say], Iterator[Outcome]]
+
+
+def quiet(_: str) -> None:
+    """Progress is for people."""
+
+
+@pytest.mark.parametrize(
+    ("run", "times"),
+    [
+        (cases.killed_anywhere, 1),
+        (cases.zombie, 2),
+        (cases.postgres_crash, 2),
+        (cases.postgres_line, 1),
+        (cases.lost_answers, 2),
+        (cases.expired, 1),
+        (cases.mended, 1),
+        (cases.open_transactions, 1),
+        (cases.pruned, 1),
+        (cases.two_shards, 1),
+        (cases.other_cluster, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_nothing_is_lost_doubled_or_stale(run: Run, times: int, tmp_path: Path) -> None:
+    """Under concurrent writers, several types, hot and cold keys, deletes."""
+    tmp_path.chmod(0o755)
+    outcomes = list(run(tmp_path, times, quiet))
+    assert outcomes
+    for outcome in outcomes:
+        assert outcome.judgement.right, (outcome.fault, outcome.judgement)
+        assert outcome.judgement.entries > 20, outcome
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["looks again", "does not"])
+def test_a_writer_that_comes_just_before_the_bell_is_held_is_silent_and_seen_by_the_second_look(
+    deaf: bool, tmp_path: Path
+) -> None:
+    """Forced there: the relay freezes between a read that found nothing and the bell. Without the look it is missed."""
+    tmp_path.chmod(0o755)
+    with Scene(tmp_path, "bell", poll_interval=86_400) as scene:
+        relay = scene.victim(BEFORE_THE_BELL, 1, "STOP", deaf=deaf)
+        relay.wait_frozen()
+        scene.put("silent")
+        relay.send(signal.SIGCONT)
+        if deaf:
+            with pytest.raises(AssertionError, match="did not happen"):
+                scene.seconds_until_published(seconds=3)
+            scene.put("this one rings")
+        scene.seconds_until_published()
+
+
+def test_a_doorbell_that_rings_in_a_prepared_transaction_is_refused_in_words(tmp_path: Path) -> None:
+    """PostgreSQL names NOTIFY; the documentation says to make an outbox without a doorbell for two-phase commit."""
+    tmp_path.chmod(0o755)
+    with Scene(tmp_path, "prepared", poll_interval=86_400) as scene, psycopg.connect(scene.url()) as connection:
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        asleep = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted"
+        eventually(lambda: connection.execute(asleep).fetchone() is not None, what="asleep")
+        scene.change(connection, "x")
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match="NOTIFY"):
+            connection.execute("PREPARE TRANSACTION 'p'")
