@@ -97,7 +97,7 @@ def look(config: Config, connection: Connection) -> Status:
         current = position if position is not None and position.epoch == epoch else None
         judged_from = current or start(name, shard, "", epoch, None, 0, removed_id)
         with translated(place(config.database_url)):
-            rows = connection.execute(queries["unpublished"].encode(), _arguments(judged_from)).fetchall()
+            rows = connection.execute(queries["unpublished"].encode(), position_arguments(judged_from)).fetchall()
         unpublished = {row[0]: (row[1], row[2]) for row in rows}
         totals = position.totals if position else {}
         for type_name in sorted({*types, *unpublished, *totals}):
@@ -152,7 +152,8 @@ def _from_kafka(config: Config, name: str) -> tuple[dict[int, Position], dict[tu
     return {position.shard: position for position in positions}, counts
 
 
-def _arguments(position: Position) -> dict[str, Any]:
+def position_arguments(position: Position) -> dict[str, Any]:
+    """A position as the query `unpublished` takes it."""
     cut, point = position.cut, position.point
     most = str(2**63 - 1)
     reached = position.reached

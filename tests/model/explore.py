@@ -63,7 +63,7 @@ class Rules:
     most_states: int = 400_000
 
     def read(self, database: Database, shard: int, position: Position, wanted: Callable[..., Any]) -> Batch:
-        """A batch, by the rule of `outbox.position`; tests/test_model.py compares it with the SQL."""
+        """A batch, by the rule of `outbox.position`; tests/test_rule.py compares it with the SQL."""
         head = database.head(position)
         rows = [row for row in database.visible if row.shard == shard and position.takes(row.id, row.xid)]
         entries = [entry(row) for row in rows[: self.batch_rows]]

@@ -1,0 +1,109 @@
+"""The rule of what is published, in its four forms: the arithmetic, the reading, the status, the pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import orjson
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from outbox import sql
+from outbox.config import Config
+from outbox.position import Anchor, Point, Position, Snapshot, start
+from outbox.reader import Reader
+from outbox.status import position_arguments
+
+pytestmark = pytest.mark.postgres
+
+IDS, XIDS = st.integers(1, 12), st.integers(3, 14)
+Rows = dict[int, int]
+"""By id: the transaction id."""
+
+
+@pytest.fixture(scope="module")
+def url(postgres: object, outbox_template: str) -> Iterator[str]:
+    """A database of its own, with an outbox; every example fills it anew."""
+    from devstack.postgres import Postgres
+
+    assert isinstance(postgres, Postgres)
+    with psycopg.connect(postgres.url(), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE rule TEMPLATE {outbox_template}".encode())
+    with psycopg.connect(postgres.url("rule")) as connection:
+        connection.execute("SELECT setval('outbox.entries_id_seq', 1000)")
+    yield postgres.url("rule")
+    with psycopg.connect(postgres.url(), autocommit=True) as admin:
+        admin.execute("DROP DATABASE rule WITH (FORCE)")
+
+
+@st.composite
+def points(draw: st.DrawFn, *, after: Point | None = None) -> Point:
+    """A snapshot and the greatest entry visible in it; `after` another one."""
+    least = after.snapshot.xmax if after is not None and after.snapshot else 3
+    xmax = draw(st.integers(least, 15))
+    below = list(range(3, xmax))
+    # What a later snapshot has in progress, an earlier one had too, or it had not begun.
+    if after is not None and after.snapshot:
+        below = [xid for xid in below if xid in after.snapshot.xip or xid >= after.snapshot.xmax]
+    xip = tuple(sorted(draw(st.sets(st.sampled_from(below), max_size=3)))) if below else ()
+    floor = draw(st.integers(after.floor if after else 1, 12))
+    return Point(Snapshot(min((*xip, xmax)), xmax, xip), Anchor(floor, 3, 0, 0))
+
+
+@st.composite
+def positions(draw: st.DrawFn) -> Position:
+    """A position: at the start of a log, at a point, or in a cut."""
+    begun = start("test", 0, "t", 1, None, 1, draw(st.integers(0, 4)))
+    if draw(st.booleans()):
+        begun = begun.advanced(draw(points()), None)
+    if draw(st.booleans()):
+        to = draw(points(after=begun.point if begun.point.snapshot else None))
+        begun = begun.advanced(to, draw(st.integers(0, to.floor)))
+    return begun
+
+
+def fill(connection: psycopg.Connection, rows: Rows) -> None:
+    """Make the log hold these."""
+    connection.execute("TRUNCATE outbox.entries")
+    connection.execute(
+        "INSERT INTO outbox.entries (id, xid, slot, type, key, state)"
+        " SELECT r.id, r.xid::text::xid8, 0, 'thing', 'k' || r.id, '{}'"
+        " FROM unnest(%s::bigint[], %s::bigint[]) r (id, xid)",
+        [list(rows), list(rows.values())],
+    )
+    connection.commit()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=positions(), rows=st.dictionaries(IDS, XIDS, max_size=10))
+def test_all_four_forms_agree(url: str, position: Position, rows: Rows) -> None:
+    """Python and SQL say the same of every entry, for every position."""
+    position = Position.decode(position.encode())
+    takes = [number for number in sorted(rows) if position.takes(number, rows[number])]
+    unpublished = [number for number in sorted(rows) if not position.published(number, rows[number])]
+    with psycopg.connect(url) as connection:
+        fill(connection, rows)
+        with closing(Reader(Config(database_url=url, batch_rows=1000), shard=0)) as reader:
+            reader.open()
+            assert [entry[0] for entry in reader.read(position).entries] == takes
+        counted = connection.execute(
+            sql.load("status")["unpublished"].replace("{schema}", "outbox").encode(), position_arguments(position)
+        ).fetchall()
+        # At the start of a log the status counts what is retained; what pruning went past is left out by all.
+        assert sum(row[1] for row in counted) == len(unpublished)
+        connection.rollback()
+        connection.execute("UPDATE outbox.entries SET created_at = now() - interval '30 days'")
+        (said,) = connection.execute(
+            "SELECT outbox.prune_slot(0::smallint, %s::jsonb)", [orjson.dumps([position.for_prune()]).decode()]
+        ).fetchone() or ({},)
+        connection.rollback()
+        anchors = {point.floor for point in (position.point, position.reached)}
+        if not rows:
+            assert said["reason"] == "empty"
+        elif anchors & set(rows):
+            assert "anchor" in said["reason"]
+        else:
+            assert said["pruned"] == (not unpublished), (said, unpublished)
