@@ -42,6 +42,7 @@ log = logging.getLogger("outbox.relay")
 # looks because something is too large.
 _CHECK_SECONDS = 60.0
 _LIMITS_SECONDS = 3.0
+_GRACE_LOOK_SECONDS = 0.1
 
 
 class Did(enum.Enum):
@@ -76,7 +77,8 @@ class Shard:
     """Publishes one shard of one outbox; used by one thread.
 
     `stop` is asked within long waits whether to give up; `token` names this holder, anew for each start; `now_ms` is
-    the clock, milliseconds since 1970. Raises the errors of `outbox.errors`: after
+    the clock, milliseconds since 1970; `grace` is how long, in seconds, a successor is given to write its
+    token. Raises the errors of `outbox.errors`: after
     `DatabaseUnavailableError` and `BrokerUnavailableError` call `forget` and step again; the others are for a person.
     """
 
@@ -91,6 +93,7 @@ class Shard:
         read_ahead: Executor | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         token: str | None = None,
+        grace: float = 2.0,
     ) -> None:
         self._config = config
         self._number = config.shard
@@ -99,6 +102,7 @@ class Shard:
         self._open_log = open_log
         self._adopt = adopt
         self._now_ms = now_ms
+        self._grace = grace
         self._token = token or uuid.uuid4().hex
         self._kafka: Log | None = None
         self._position: Position | None = None
@@ -309,10 +313,17 @@ class Shard:
         kafka.discard()
         if aborted or self._stop():
             return
-        value = kafka.read_position()
-        holder = Position.decode(value).token if value is not None else None
-        if holder not in {None, self._token, former}:
-            raise self._superseded()
+        # Fenced, and the own token still there: a stall, or a successor that has not written its own yet. Taking the
+        # shard back at once would fence it in its turn.
+        deadline = time.monotonic() + (self._grace if isinstance(fault, Fenced) and former is None else 0.0)
+        while True:
+            value = kafka.read_position()
+            holder = Position.decode(value).token if value is not None else None
+            if holder not in {None, self._token, former}:
+                raise self._superseded()
+            if time.monotonic() >= deadline or self._stop():
+                return
+            time.sleep(_GRACE_LOOK_SECONDS)
 
     def _superseded(self) -> FencedError:
         return FencedError(

@@ -491,7 +491,7 @@ def pruned(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         relay = scene.relay(batch_rows=5)
         relay.wait_said("relay.holds")
         emptied = locked = 0
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 60 + 20 * times
         while emptied < times or not locked:
             assert time.monotonic() < deadline, f"{emptied} slots were emptied, {locked} locked"
             with psycopg.connect(scene.url()) as reader:

@@ -162,6 +162,7 @@ class _Run:
             read_ahead=_AtOnce(),
             now_ms=lambda: 0,
             token=fields.token,
+            grace=0.0,
         )
         made._kafka = _Log(self, fields.producer) if fields.producer is not None else None
         made._position = fields.position
