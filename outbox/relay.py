@@ -75,7 +75,9 @@ class Relay:
                 try:
                     last = self._shard.step()
                     self._count(last)
-                    self._went_on()
+                    if last.did is not Did.TOOK_OVER:
+                        # Taking over proves little: what it waits for may be met only by the next batch.
+                        self._went_on()
                     if self._config.prune and not last.more:
                         self._prune_sometimes()
                     if until_caught_up:
@@ -126,7 +128,7 @@ class Relay:
     def _wait_for(self, error: OutboxError, how: Literal["waiting", "stuck"]) -> None:
         """Give up what hangs on what is away; say so once; pause, longer each time."""
         database = isinstance(error, DatabaseUnavailableError | DatabaseError | UnsuitableServerError)
-        self._shard.forget(database=database)
+        self._shard.forget(database=database, keep=isinstance(error, TopicError))
         if self._wake.is_set:
             return
         self._check_time(error.message.rstrip("."))

@@ -118,10 +118,12 @@ def _refuse_second(connection: Connection, name: str | None) -> None:
         )
     schemas = connection.execute(
         text(
+            # Those that this role may read; of others it cannot know.
             "SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
             "WHERE c.relname = 'settings' AND c.relkind = 'r' "
-            "AND to_regclass(format('%I.entity_types', n.nspname)) IS NOT NULL "
-            "AND to_regclass(format('%I.entries', n.nspname)) IS NOT NULL"
+            "AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') "
+            "AND (SELECT count(*) FROM pg_class o WHERE o.relnamespace = n.oid "
+            "AND o.relname IN ('entity_types', 'entries')) = 2"
         )
     ).scalars()
     for other in schemas.all():

@@ -282,17 +282,17 @@ class Shard:
             )
         return found, head
 
-    def forget(self, *, database: bool = False) -> None:
+    def forget(self, *, database: bool = False, keep: bool = False) -> None:
         """Give up the hold (or, with `database`, the connection): what was begun is not gone on with.
 
-        The position is read again by whoever takes the shard next. A hold outlives the connection, unless a
+        The position is read again by whoever takes the shard next. With `keep`, or `database`, the hold stays unless a
         transaction is open.
         """
         self._drop_ahead()
         if database:
             self._source.close()
-            if self._kafka is None or not self._kafka.in_transaction:
-                return
+        if (database or keep) and (self._kafka is None or not self._kafka.in_transaction):
+            return
         kafka, self._kafka = self._kafka, None
         self._position = None
         self._part_size, self._watched = None, False

@@ -12,6 +12,7 @@ from outbox.errors import ConfigError, TopicError
 DEFAULT_PARTITIONS = 8
 # What a record needs beside key and state: see outbox.message. Keys have at most 1,024 bytes.
 _RESERVE = 4096
+_USUAL_LIMIT = "1048588"  # Kafka's default
 # Smaller, and a position may not fit, nor a batch of any size.
 _LEAST_LIMIT = 65_536
 _WEEK_MS = 7 * 24 * 3600 * 1000
@@ -145,6 +146,7 @@ def declared(
         "message.timestamp.after.max.ms": str(_FOR_EVER),
     }
     own = {**honest, "segment.bytes": str(4 * 1024 * 1024), "min.compaction.lag.ms": "0"}
+    own["max.message.bytes"] = _USUAL_LIMIT
     specs = [
         TopicSpec(name_positions, shards, replication_factor, own, "positions"),
         TopicSpec(name_dead_letters, shards, replication_factor, own, "dead letters"),

@@ -420,8 +420,12 @@ def test_a_type_may_be_added_before_its_topic_while_the_relay_runs(road: Road) -
             return (shard["state"], shard["on"]) == ("stuck", "topic")
 
         eventually(stuck, what="stuck")
+        with psycopg.connect(road.url) as clock:
+            clock.execute("SELECT pg_sleep(2)")  # several tries
         must(road.env, "topics", "apply", "--yes")
         relay.wait_event("relay.resumed")
+        said_events = Counter(event.get("event") for event in relay.events)
+        assert (said_events["relay.stuck"], said_events["relay.holds"], said_events["relay.resumed"]) == (1, 1, 1)
         eventually(lambda: len(records(road.kafka, topic)) == 2 and len(records(road.kafka, f"{road.name}.b")) == 1)
         assert relay.stop() == 0
 

@@ -42,6 +42,8 @@ def command(
 
     config = settings.config
     Fixed(config.name, config.schema, shards, retention, slots, not no_doorbell)
+    if as_sql and remove:
+        raise click.UsageError("--sql prints how to make it; --remove runs by itself, or: alembic downgrade.")
     if as_sql:
         click.echo(
             migration_script(

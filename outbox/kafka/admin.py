@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -27,7 +27,10 @@ from outbox.topic import TopicState
 class Admin:
     """A client that describes and changes topics. Raises the errors of `outbox.errors`."""
 
-    def __init__(self, bootstrap: str, passthrough: Mapping[str, str]) -> None:
+    def __init__(
+        self, bootstrap: str, passthrough: Mapping[str, str], *, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._stop = stop
         self._client = make(AdminClient, bootstrap, passthrough)
 
     def __enter__(self) -> Self:
@@ -41,13 +44,13 @@ class Admin:
     def brokers(self) -> int:
         """How many brokers the cluster has."""
         with _translated():
-            return len(metadata(self._client).brokers)
+            return len(metadata(self._client, stop=self._stop).brokers)
 
     def describe(self, names: Collection[str]) -> dict[str, TopicState]:
         """Those of the topics that exist."""
         with _translated():
             # Asking for all does not make one that is missing, whatever the broker's settings.
-            topics = metadata(self._client).topics
+            topics = metadata(self._client, stop=self._stop).topics
             there = [name for name in names if name in topics and topics[name].error is None]
             if not there:
                 return {}

@@ -62,8 +62,10 @@ def make(client: Callable[[dict[str, Any]], T], bootstrap: str, passthrough: Map
         ) from exception
 
 
-def metadata(client: AdminClient | Consumer, topic: str | None = None) -> ClusterMetadata:
-    """The cluster's brokers and topics (or one topic); `KafkaException` when nobody answers."""
+def metadata(
+    client: AdminClient | Consumer, topic: str | None = None, *, stop: Callable[[], bool] = lambda: False
+) -> ClusterMetadata:
+    """The cluster's brokers and topics (or one topic); `KafkaException` when nobody answers, or `stop()` is true."""
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
@@ -71,7 +73,7 @@ def metadata(client: AdminClient | Consumer, topic: str | None = None) -> Cluste
                 client.list_topics(topic, timeout=SLICE_SECONDS) if topic else client.list_topics(timeout=SLICE_SECONDS)
             )
         except KafkaException as exception:
-            if error_of(exception).code() not in AWAY or time.monotonic() > deadline:
+            if error_of(exception).code() not in AWAY or time.monotonic() > deadline or stop():
                 raise
 
 

@@ -54,7 +54,7 @@ class ShardLog:
         Trouble with the outbox's own topics is raised.
         """
         names = {self._positions, self._dead_letters, *(t.topic for t in types.values())}
-        with Admin(self._config.kafka_bootstrap_servers, self._config.kafka) as client:
+        with Admin(self._config.kafka_bootstrap_servers, self._config.kafka, stop=self._stop) as client:
             topics = client.describe(names)
         found = troubles(topics, types, positions=self._positions, dead_letters=self._dead_letters, shards=shards)
         for own in (self._positions, self._dead_letters):
