@@ -8,7 +8,7 @@ from contextlib import closing
 import orjson
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from outbox import sql
@@ -77,6 +77,11 @@ def fill(connection: psycopg.Connection, rows: Rows) -> None:
     connection.commit()
 
 
+# A cut that begins at the start of a log, with an entry that pruning went past.
+PRUNED = start("test", 0, "t", 1, None, 1, 1).advanced(Point(Snapshot(3, 3), Anchor(1, 3, 0, 0)), 0)
+
+
+@example(position=PRUNED, rows={1: 3})
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=positions(), rows=st.dictionaries(IDS, XIDS, max_size=10))
 def test_all_four_forms_agree(url: str, position: Position, rows: Rows) -> None:

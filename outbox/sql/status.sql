@@ -14,8 +14,7 @@ WHERE application_name LIKE %(name)s AND datname = current_database()
 SELECT e.type, count(*), extract(epoch FROM clock_timestamp() - min(e.created_at))
 FROM {schema}.entries e
 WHERE e.shard = %(shard)s::smallint
-  AND (((e.id > %(floor)s::bigint OR e.xid >= %(xmax)s::text::xid8 OR e.xid = ANY (%(xip)s::text::xid8[]))
-        AND (%(last_id)s::bigint IS NULL OR e.id > %(last_id)s::bigint))
-       OR (%(last_id)s::bigint IS NOT NULL AND (e.id > %(to_floor)s::bigint
-            OR e.xid >= %(to_xmax)s::text::xid8 OR e.xid = ANY (%(to_xip)s::text::xid8[]))))
+  AND (e.id > %(floor)s::bigint OR e.xid >= %(xmax)s::text::xid8 OR e.xid = ANY (%(xip)s::text::xid8[]))
+  AND (%(last_id)s::bigint IS NULL OR e.id > %(last_id)s::bigint OR e.id > %(to_floor)s::bigint
+       OR e.xid >= %(to_xmax)s::text::xid8 OR e.xid = ANY (%(to_xip)s::text::xid8[]))
 GROUP BY e.type

@@ -388,7 +388,11 @@ BEGIN
         IF {schema}.uncovered(part, s::smallint, coalesce((p->'cut'->>'last_id')::bigint, 0), (p->>'anchor')::bigint,
                               (p->>'xmax')::xid8, ARRAY(SELECT x::xid8 FROM jsonb_array_elements_text(p->'xip') x))
            OR (p->'cut'->>'last_id' IS NOT NULL
-               AND {schema}.uncovered(part, s::smallint, 0, (p->'cut'->>'anchor')::bigint, (p->'cut'->>'xmax')::xid8,
+               AND {schema}.uncovered(part, s::smallint,
+                                      -- In a cut from the start of a log, what pruning went past stays left out.
+                                      CASE WHEN (p->>'xmax')::numeric = 9223372036854775807
+                                           THEN (p->>'anchor')::bigint ELSE 0 END,
+                                      (p->'cut'->>'anchor')::bigint, (p->'cut'->>'xmax')::xid8,
                                       ARRAY(SELECT x::xid8 FROM jsonb_array_elements_text(p->'cut'->'xip') x))) THEN
             RETURN jsonb_build_object('pruned', false, 'entries', 0,
                                       'reason', format('shard %s has not published it', s));
