@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from outbox.lineage import Head
@@ -271,7 +271,6 @@ class World:
     prunes: int = 0
     lost_positions: int = 0
     shards: int = 1
-    wrong: str = field(default="")
 
     def shard_of(self, key: str) -> int:
         """The share of a key."""
