@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from faults import cases
-from faults.scene import Outcome, Scene
+from faults.cases import Run, copies, entries, kafka, mended, postgres, relay
+from faults.scene import Scene
 from faults.victim import BEFORE_THE_BELL
 from relays import eventually
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka, pytest.mark.acceptance]
-
-Run = Callable[[Path, int, cases.Say], Iterator[Outcome]]
 
 
 def quiet(_: str) -> None:
@@ -26,17 +23,17 @@ def quiet(_: str) -> None:
 @pytest.mark.parametrize(
     ("run", "times"),
     [
-        (cases.killed_anywhere, 1),
-        (cases.zombie, 2),
-        (cases.postgres_crash, 2),
-        (cases.postgres_line, 1),
-        (cases.lost_answers, 2),
-        (cases.expired, 1),
-        (cases.mended, 1),
-        (cases.open_transactions, 1),
-        (cases.pruned, 1),
-        (cases.two_shards, 1),
-        (cases.other_cluster, 1),
+        (relay.killed_anywhere, 1),
+        (relay.zombie, 2),
+        (postgres.crash, 2),
+        (postgres.line, 1),
+        (kafka.lost_answers, 2),
+        (kafka.expired, 1),
+        (mended.mended, 1),
+        (entries.open_transactions, 1),
+        (entries.pruned, 1),
+        (copies.two_shards, 1),
+        (copies.other_cluster, 1),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

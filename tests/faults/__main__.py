@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,32 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from faults import cases
+from faults.cases import CASES
 from faults.scene import Outcome
-
-Run = Callable[[Path, int, cases.Say], Iterator[Outcome]]
-
-CASES: Mapping[str, tuple[Run, int]] = {
-    "killed": (cases.killed_at, 20),
-    "second-relay": (cases.second_relay, 20),
-    "zombie": (cases.zombie, 20),
-    "stall": (cases.stall, 5),
-    "crash": (cases.postgres_crash, 20),
-    "line": (cases.postgres_line, 20),
-    "answers": (cases.lost_answers, 20),
-    "kafka": (cases.kafka_away, 6),
-    "brokers": (cases.three_brokers, 4),
-    "fail-over": (cases.fail_over, 3),
-    "other-cluster": (cases.other_cluster, 1),
-    "transactions": (cases.open_transactions, 1),
-    "doorbell": (cases.doorbell, 300),
-    "backlog": (cases.backlog, 1),
-    "expired": (cases.expired, 4),
-    "mended": (cases.mended, 3),
-    "pruned": (cases.pruned, 10),
-    "two-shards": (cases.two_shards, 2),
-}
-"""The cases, and how often each injects its faults in a whole run."""
 
 COLUMNS = ("fault", "times", "entries", "records", "lost", "doubled", "out of order", "ghosts", "seconds until on")
 

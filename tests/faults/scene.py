@@ -273,6 +273,15 @@ class Scene:
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(statement.encode())
 
+    def terminate(self) -> int:
+        """Terminate the relay's backends, as an administrator might; how many there were."""
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            row = connection.execute(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+                " WHERE application_name LIKE 'outbox-relay%'"
+            ).fetchone()
+        return int(row[0]) if row else 0
+
     def lose_positions(self) -> None:
         """Delete the positions topic, as somebody might, and make it anew."""
         topic = f"{self.name}.outbox.positions"
@@ -356,8 +365,8 @@ class Scene:
         )
 
 
-Case = Callable[[Path, int, Callable[[str], None]], "Outcome"]
-"""Runs a case so many times in a directory, saying what it does."""
+Say = Callable[[str], None]
+"""Takes what a case is doing, in words."""
 
 
 @dataclass

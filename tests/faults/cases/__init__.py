@@ -1,0 +1,34 @@
+"""The cases: each injects a fault so many times under load, and judges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from faults.cases import copies, entries, kafka, mended, postgres, relay
+from faults.scene import Outcome, Say
+
+Run = Callable[[Path, int, Say], Iterator[Outcome]]
+"""Runs a case so many times in a directory, saying what it does."""
+
+CASES: Mapping[str, tuple[Run, int]] = {
+    "killed": (relay.killed_at, 20),
+    "second-relay": (relay.second_relay, 20),
+    "zombie": (relay.zombie, 20),
+    "stall": (relay.stall, 5),
+    "crash": (postgres.crash, 20),
+    "line": (postgres.line, 20),
+    "answers": (kafka.lost_answers, 20),
+    "kafka": (kafka.kafka_away, 6),
+    "brokers": (kafka.brokers_killed, 4),
+    "fail-over": (copies.fail_over, 3),
+    "other-cluster": (copies.other_cluster, 1),
+    "transactions": (entries.open_transactions, 1),
+    "doorbell": (relay.doorbell, 300),
+    "backlog": (relay.backlog, 1),
+    "expired": (kafka.expired, 4),
+    "mended": (mended.mended, 3),
+    "pruned": (entries.pruned, 10),
+    "two-shards": (copies.two_shards, 2),
+}
+"""The cases, and how often each injects its faults in a whole run."""

@@ -1,0 +1,184 @@
+"""The relay is killed, frozen, doubled; its memory; its sleep."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import psycopg
+
+from faults.judge import Judgement
+from faults.scene import Outcome, Relay, Say, Scene
+from faults.victim import PLACES
+from outbox.kafka.reader import read_topic
+
+
+def killed_anywhere(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """The relay is killed at each place, `times` round, in one scene."""
+    with Scene(directory, "killed") as scene, scene.load() as load:
+        for number in range(times * len(PLACES)):
+            victim = scene.victim(PLACES[number % len(PLACES)], 1)
+            load.wait_written(3)
+            assert victim.wait(seconds=60) == -signal.SIGKILL, victim.log.read_text()[-2000:]
+            say(f"killed {PLACES[number % len(PLACES)]}")
+        relay = scene.relay()
+        seconds = scene.seconds_until_published()
+        load.stop()
+        yield Outcome("relay killed at each place", times * len(PLACES), scene.settle(relay), [seconds])
+
+
+def killed_at(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """The relay is killed between two calls of its step, `times` at each place."""
+    chance = random.Random(1)
+    for place in PLACES:
+        with Scene(directory, f"killed-{PLACES.index(place)}") as scene, scene.load() as load:
+            for number in range(times):
+                victim = scene.victim(place, chance.randint(1, 3))
+                load.wait_written(3)
+                code = victim.wait(seconds=60)
+                assert code == -signal.SIGKILL, victim.log.read_text()[-2000:]
+                say(f"killed {place}: {number + 1} of {times}")
+            began = time.monotonic()
+            relay = scene.relay()
+            relay.wait_said("relay.holds")
+            scene.seconds_until_published()
+            seconds = time.monotonic() - began
+            load.stop()
+            yield Outcome(f"relay killed {place}", times, scene.settle(relay), [seconds])
+
+
+def second_relay(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """A second relay of the same shard takes over: the first is fenced, says so, and exits with 75."""
+    seconds = []
+    with Scene(directory, "second") as scene, scene.load() as load:
+        first = scene.relay()
+        first.wait_said("relay.holds")
+        for number in range(times):
+            load.wait_written(5)
+            second = scene.relay()
+            second.wait_said("relay.holds")
+            seconds.append(scene.seconds_until_published())
+            assert first.wait() == 75, first.log.read_text()[-2000:]
+            assert "took over" in first.log.read_text()
+            first = second
+            say(f"second relay: {number + 1} of {times}")
+        load.stop()
+        yield Outcome("a second relay takes the shard", times, scene.settle(first), seconds)
+
+
+def zombie(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """A relay freezes within a transaction, and wakes after its successor has published."""
+    seconds = []
+    places = ("in the middle of sending", "after the position record", "before commit", "after read")
+    with Scene(directory, "zombie") as scene, scene.load() as load:
+        successor: Relay | None = None
+        for number in range(times):
+            frozen = scene.victim(places[number % len(places)], 2, "STOP")
+            load.wait_written(5)
+            frozen.wait_frozen()
+            if successor is not None:
+                assert successor.wait() == 75
+            successor = scene.relay()
+            successor.wait_said("relay.holds")
+            seconds.append(scene.seconds_until_published())
+            frozen.send(signal.SIGCONT)
+            assert frozen.wait() == 75 or "took over" in frozen.log.read_text(), frozen.log.read_text()[-2000:]
+            say(f"zombie: {number + 1} of {times}")
+        load.stop()
+        assert successor is not None
+        yield Outcome("a zombie wakes after its successor published", times, scene.settle(successor), seconds)
+
+
+def stall(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """A relay stands still for longer than a transaction may take, and nobody else came: it goes on."""
+    seconds = []
+    properties = {"transaction.abort.timed.out.transaction.cleanup.interval.ms": "500"}
+    with Scene(directory, "stall", kafka=properties, transaction_timeout=2) as scene, scene.load() as load:
+        for number in range(times):
+            relay = scene.victim("before commit", 2, "STOP", transaction_timeout=2)
+            load.wait_written(5)
+            relay.wait_frozen()
+            time.sleep(3.5)  # the fault itself: longer than the time limit
+            relay.send(signal.SIGCONT)
+            seconds.append(scene.seconds_until_published())
+            assert relay.alive
+            relay.send(signal.SIGTERM)
+            assert relay.wait() == 0
+            say(f"stall: {number + 1} of {times}")
+        load.stop()
+        yield Outcome("a stall beyond the transaction's time limit", times, scene.settle(), seconds)
+
+
+def doorbell(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """The doorbell without a polling floor: bursts of writers, and each must wake the relay."""
+    with Scene(directory, "doorbell", poll_interval=86_400, backoff_max="0.5") as scene:
+        relay = scene.relay(poll_interval=86_400)
+        relay.wait_said("relay.holds")
+        lost, written = bursts(scene, times, say)
+        assert not lost, f"{lost} wake-ups were lost"
+        yield Outcome("bursts of writers, no polling floor", times, scene.settle(relay), notes=f"{written} entries")
+
+
+def bursts(scene: Scene, times: int, say: Say, *, patience: float = 5.0) -> tuple[int, int]:
+    """Let writers write in bursts, and wait after each until all is published; wake-ups lost, entries written."""
+    chance = random.Random(3)
+    lost = 0
+    before = scene.greatest()
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(times):
+            pauses = [chance.random() * 0.02 for _ in range(4)]
+            list(pool.map(partial(_burst, scene), range(4), pauses))
+            try:
+                scene.seconds_until_published(seconds=patience)
+            except AssertionError:
+                lost += 1
+                scene.put("a ring for what slept")
+                scene.seconds_until_published()
+            if number % 50 == 49:
+                say(f"bursts: {number + 1} of {times}, {lost} wake-ups lost")
+    return lost, scene.greatest() - before
+
+
+def _burst(scene: Scene, writer: int, pause: float) -> None:
+    with psycopg.connect(scene.url()) as connection:
+        for _ in range(4):
+            scene.change(connection, f"burst-{writer}")
+            connection.execute("SELECT pg_sleep(%s)", [pause])
+            connection.commit()
+
+
+def backlog(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """A backlog of a million entries: the relay's memory is that of one tenth of it; killed in the middle of it."""
+    peaks: dict[int, float] = {}
+    judgement = Judgement()
+    for size in (100_000, 1_000_000):
+        with Scene(directory, f"backlog-{size}", batch_rows=20_000) as scene:
+            with psycopg.connect(scene.url()) as connection:
+                connection.execute(
+                    "INSERT INTO outbox.entries (type, key, state) SELECT 'wide', n::text,"
+                    " convert_to('{\"n\": \"' || repeat('x', 180) || n || '\"}', 'UTF8') FROM generate_series(1, %s) n",
+                    [size],
+                )
+            if size > 100_000:
+                for number in range(3):
+                    victim = scene.victim("before commit", 10 + 3 * number, batch_rows=20_000)
+                    assert victim.wait(seconds=120) == -signal.SIGKILL
+                    say(f"killed in the backlog: {number + 1} of 3")
+            peaks[size] = scene.drain_peak()
+            seen: Counter[bytes] = Counter()
+            for record in read_topic(scene.bootstrap, {}, scene.topics["wide"]):
+                seen[record.key or b""] += 1
+            judgement.entries, judgement.records = size, seen.total()
+            judgement.lost += size - len(seen)
+            judgement.doubled += seen.total() - len(seen)
+            say(f"backlog of {size}: {peaks[size]:.0f} MB at the most")
+    small, large = peaks.values()
+    assert large < small * 1.2 + 10, f"{large:.0f} MB for ten times as much, {small:.0f} MB for the smaller"
+    notes = f"peak memory {small:.0f} MB for 100,000, {large:.0f} MB for 1,000,000"
+    yield Outcome("killed in a backlog of 1,000,000", 3, judgement, notes=notes)
