@@ -142,6 +142,11 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("prune", "Whether the relay prunes the ring by itself.", _switch),
     Setting("prune_interval", "Seconds between two prunings by the relay.", _seconds(1, 86_400)),
+    Setting(
+        "topic_check_interval",
+        "Seconds between two looks at the topics' settings while there is something to publish.",
+        _seconds(0.1, 86_400),
+    ),
     Setting("max_dead_letters", "Dead letters of a shard beyond which the relay stops.", _whole(0, 10_000_000)),
     Setting("replication_factor", "Replication factor of topics that are made.", _whole(1, 100)),
     Setting("backoff_max", "Longest pause, seconds, between two tries while a server is away.", _seconds(0.05, 600)),
@@ -180,6 +185,7 @@ class Config:
     on_lost_tail: str = "adopt"
     prune: bool = False
     prune_interval: float = 60.0
+    topic_check_interval: float = 60.0
     max_dead_letters: int = 10_000
     replication_factor: int = 3
     backoff_max: float = 10.0

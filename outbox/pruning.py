@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -10,6 +11,7 @@ import orjson
 from psycopg import errors as pg
 from psycopg import sql as psycopg_sql
 
+from outbox import sql
 from outbox.config import Config
 from outbox.database import Connection, connect_as, place, translate, translated
 from outbox.position import Position
@@ -37,19 +39,25 @@ class Slot:
     current: bool
 
 
-def prune_ring(config: Config, positions: Sequence[Position], *, dry_run: bool = False) -> Iterator[Pruned]:
+def prune_ring(
+    config: Config, positions: Sequence[Position], *, dry_run: bool = False, now: Callable[[], float] = time.time
+) -> Iterator[Pruned]:
     """Prune every slot that can be; one transaction each, so that no lock is held for long.
 
     `positions` must be committed ones, read before; a shard without one pins everything. The decision is made under
-    the slot's lock, which is waited for no longer than `lock_timeout`.
+    the slot's lock, which is waited for no longer than `lock_timeout`. A slot is old when it is by the database's clock
+    and by `now` (seconds since 1970, this machine's): one of them may have jumped.
     """
     where = place(config.database_url)
     known = orjson.dumps([position.for_prune() for position in positions]).decode()
     schema = quote(config.schema)
     with connect_as(config, "outbox-prune") as connection:
         with translated(where):
-            row = connection.execute(f"SELECT slots FROM {schema}.settings".encode()).fetchone()
-        for slot in range(row[0] if row else 0):
+            slot_count, young = _young(connection, schema, now)
+        for slot in range(slot_count):
+            if slot in young:
+                yield Pruned(slot, pruned=False, entries=0, reason=young[slot])
+                continue
             try:
                 with connection.transaction(force_rollback=dry_run):
                     connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
@@ -68,6 +76,23 @@ def prune_ring(config: Config, positions: Sequence[Position], *, dry_run: bool =
                 raise translate(error, where) from error
             result = found[0] if found else {}
             yield Pruned(slot, bool(result["pruned"]), int(result["entries"]), result["reason"])
+
+
+def _young(connection: Connection, schema: str, now: Callable[[], float]) -> tuple[int, dict[int, str]]:
+    """How many slots there are; and why those stay that only seem old, since a clock jumped."""
+    queries = {name: query.replace("{schema}", schema).encode() for name, query in sql.load("prune").items()}
+    row = connection.execute(queries["ring"]).fetchone()
+    if row is None:
+        return 0, {}
+    slot_count, shards, retention = row
+    young: dict[int, str] = {}
+    for slot, age, their_now in connection.execute(queries["newest"], {"slots": slot_count, "shards": shards}):
+        ahead = their_now - now()
+        if age < retention:
+            young[slot] = "retained"
+        elif age - ahead < retention:
+            young[slot] = f"retained: old only by the database's clock, which is {ahead:.0f} s ahead of this machine's"
+    return slot_count, young
 
 
 def slots(connection: Connection, schema: str) -> list[Slot]:

@@ -38,9 +38,7 @@ from outbox.telemetry import emit
 
 log = logging.getLogger("outbox.relay")
 
-# Seconds after which the topics are looked at again while there is something to publish, and at the least between two
-# looks because something is too large.
-_CHECK_SECONDS = 60.0
+# Seconds at the least between two looks at the topics because something is too large.
 _LIMITS_SECONDS = 3.0
 _GRACE_LOOK_SECONDS = 0.1
 
@@ -402,7 +400,7 @@ class Shard:
         if (
             batch.head.types_version != self._types_seen
             or (batch.requests and self._dead)
-            or (batch.entries and time.monotonic() > self._checked_at + _CHECK_SECONDS)
+            or (batch.entries and time.monotonic() > self._checked_at + self._config.topic_check_interval)
             or (self._troubles and not self._troubles.keys().isdisjoint(self._topics_of(batch)))
         ):
             self._check(kafka, batch.types, needed=self._topics_of(batch))

@@ -32,6 +32,7 @@ OTHER: dict[str, tuple[str, object]] = {
     "on_lost_tail": ("stop", "stop"),
     "prune": ("on", True),
     "prune_interval": ("5", 5.0),
+    "topic_check_interval": ("5", 5.0),
     "max_dead_letters": ("0", 0),
     "replication_factor": ("1", 1),
     "backoff_max": ("2", 2.0),

@@ -1,0 +1,81 @@
+"""What seems old, since a clock jumped, is not pruned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from outbox.config import Config
+from outbox.position import Anchor, Point, Position, Snapshot, start
+from outbox.pruning import Pruned, prune_ring
+
+pytestmark = pytest.mark.postgres
+
+DAY = 86_400.0
+
+
+def everything(connection: psycopg.Connection) -> Position:
+    """A position that has published all that there is, and whose anchor pins nothing."""
+    (xmax,) = connection.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint").fetchone() or (0,)
+    return start("test", 0, "t", 1, None, 1, 0).advanced(Point(Snapshot(xmax, xmax), Anchor(10**6, 3, 0, 0)), None)
+
+
+def write(connection: psycopg.Connection, *, slot: int, age: str) -> None:
+    """An entry, at what the server's clock says."""
+    connection.execute(
+        "INSERT INTO outbox.entries (type, key, state, slot, created_at)"
+        " VALUES ('thing', 'k', '{}', %s, clock_timestamp() - %s::interval)",
+        [slot, age],
+    )
+
+
+@pytest.fixture
+def url(make_outbox: Callable[..., str]) -> str:
+    """An outbox that retains a day."""
+    return make_outbox(retention="1 day")
+
+
+def prune(url: str, *, now: Callable[[], float] = time.time) -> dict[int, Pruned]:
+    """Prune the ring; by slot what became of it, but for empty ones."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        found = prune_ring(Config(database_url=url), [everything(connection)], now=now)
+        return {one.slot: one for one in found if one.reason != "empty"}
+
+
+def test_entries_that_were_written_while_the_clock_was_set_back_are_as_young_as_those_before(url: str) -> None:
+    """Ids tell the order: an entry is not older than one with a smaller id."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        write(connection, slot=1, age="3 days")
+        write(connection, slot=5, age="5 minutes")
+        write(connection, slot=2, age="1 day 3 minutes")
+        write(connection, slot=5, age="1 minute")
+    found = prune(url)
+    assert {slot: (one.pruned, one.reason) for slot, one in found.items()} == {
+        1: (True, None),
+        2: (False, "retained"),
+        5: (False, "retained"),
+    }
+
+
+def test_an_entry_of_the_future_keeps_only_its_own_slot(url: str) -> None:
+    """Somebody's hand, or a clock that was set forward: it says nothing of those after it."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        write(connection, slot=1, age="-1000 days")
+        write(connection, slot=2, age="3 days")
+    assert {slot: one.pruned for slot, one in prune(url).items()} == {1: False, 2: True}
+
+
+def test_a_slot_is_old_when_both_clocks_say_so(url: str) -> None:
+    """The database's that jumped a day ahead; then this machine's; then neither."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        write(connection, slot=1, age="25 hours")
+    reason = prune(url, now=lambda: time.time() - DAY)[1].reason
+    assert reason is not None
+    assert "database's clock, which is 86400 s ahead" in reason
+    assert prune(url, now=lambda: time.time() + 30 * DAY)[1].pruned
+    with psycopg.connect(url, autocommit=True) as connection:
+        write(connection, slot=2, age="23 hours")
+    assert prune(url, now=lambda: time.time() + 30 * DAY)[2].reason == "retained"
