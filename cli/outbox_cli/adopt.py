@@ -21,7 +21,9 @@ def command(settings: Settings, yes: bool, as_json: bool) -> None:
     config = settings.needs_kafka()
     settings.needs_database()
     from outbox import adopt
+    from outbox.logs import configure
 
+    configure(config)  # says what adoption waits for
     with settings.connect() as connection:
         name, _ = outbox_row(connection, config.schema)
         prospect = adopt.look(config, connection, name)

@@ -168,6 +168,10 @@ class Kafka:
         """Whether the broker that this object started still runs."""
         return self._child is not None and self._child.exit_code() is None
 
+    def wait_gone(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the broker to end by itself; whether it has (or did not run)."""
+        return self._child is None or self._child.wait(seconds)
+
     @property
     def pid(self) -> int:
         """The broker's process id. Raises `ServerError` when it does not run."""

@@ -86,6 +86,7 @@ class Postgres:
     - `port`: None = the directory's port of before when it is free, else a free one; kept for the life of the
       object.
     - `tied`: False lets the server outlive this process (`make up`).
+    - `environment`: variables of the server's process over this one's; a dictionary of this object, read at each start.
 
     As a context manager it starts, and stops fast at the end. Failures raise `ServerError` with the end of
     the log.
@@ -99,10 +100,12 @@ class Postgres:
         options: Mapping[str, str] = {},
         port: int | None = None,
         tied: bool = True,
+        environment: Mapping[str, str] = {},
     ) -> None:
         self.directory = directory.absolute()
         self.data = self.directory / "data"
         self.log = self.directory / "postgres.log"
+        self.environment = dict(environment)
         self.options = {**DEFAULT_OPTIONS, **options}
         self.port = port_of("postgres", ports_before(self.directory)) if port is None else port
         self._tied = tied
@@ -123,6 +126,10 @@ class Postgres:
     def running(self) -> bool:
         """Whether the server that this object started still runs."""
         return self._child is not None and self._child.exit_code() is None
+
+    def wait_gone(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the server to end by itself; whether it has (or did not run)."""
+        return self._child is None or self._child.wait(seconds)
 
     @property
     def pid(self) -> int:
@@ -175,7 +182,7 @@ class Postgres:
             [self.bin("postgres"), "-D", str(self.data)],
             log=self.log,
             cwd=self.directory,
-            env=_environment(),
+            env={**_environment(), **self.environment},
             user=user,
             tied=self._tied,
             # Not SIGKILL: on SIGQUIT the postmaster still ends its children and frees its shared memory.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import orjson
 import psycopg
 
 from outbox.kafka.reader import Record, read_topic
+from outbox.position import Position
 
 MOST = 10
 
@@ -49,13 +51,15 @@ def judge(
     timeline: int = 1,
     adopted: bool = False,
     republished: bool = False,
+    gone: Mapping[str, Position] = {},
 ) -> Judgement:
     """Judge all topics (by entity type). Nothing may write meanwhile, and everything must be published.
 
     `timeline` is the writers' present one. After a fail-over (`adopted`) the retained log is published again under new
     ids: for each entity the versions may go back once, and ids still grow. Entities that were not changed since and of
     which nothing is retained may have a last record that the database lost. After the positions were lost
-    (`republished`) only the ends must be right. What pruning has removed is not looked for.
+    (`republished`) only the ends must be right. What pruning has removed is not looked for, nor what a topic held that
+    was deleted (`gone`: by entity type, the position that was committed when it was).
     """
     found = Judgement()
     removed = 0
@@ -66,9 +70,14 @@ def judge(
         }
         ids: dict[str, list[tuple[int, str]]] = defaultdict(list)
         (removed,) = connection.execute("SELECT removed_id FROM outbox.settings").fetchone() or (0,)
-        for entry_id, type_name, key in connection.execute("SELECT id, type, key FROM outbox.entries ORDER BY id"):
-            ids[type_name].append((entry_id, key))
+        unpublished: dict[str, set[str]] = defaultdict(set)
+        for entry_id, xid, type_name, key in connection.execute(
+            "SELECT id, xid::text::bigint, type, key FROM outbox.entries ORDER BY id"
+        ):
             found.entries += 1
+            if type_name not in gone or not gone[type_name].published(entry_id, xid):
+                ids[type_name].append((entry_id, key))
+                unpublished[type_name].add(key)
     for type_name, topic in topics.items():
         last = _read(found, list(read_topic(bootstrap, {}, topic)), topic, adoptions=1 if adopted else 0)
         if not adopted:
@@ -80,7 +89,8 @@ def judge(
                 found._say(f"{topic}: entry {_entry_id(ghost)} is published, the database does not hold it")
         _cover(found, type_name, ids[type_name], last, each=type_name == "every")
         for (of, key), (version, alive, changed_on) in table.items():
-            if of != type_name or (adopted and changed_on < timeline and key not in {k for _, k in ids[type_name]}):
+            again = key in unpublished[type_name]
+            if of != type_name or (adopted and changed_on < timeline and not again) or (of in gone and not again):
                 continue
             record = last[key][-1] if last.get(key) else None
             value = orjson.loads(record.value)["version"] if record is not None and record.value is not None else None

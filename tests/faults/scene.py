@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import psycopg
 from confluent_kafka.admin import AdminClient
@@ -24,12 +24,14 @@ from faults.cluster import Cluster
 from faults.judge import Judgement, judge
 from faults.load import TYPES, Load, make_domain
 from faults.proxy import Proxy
+from faults.volume import Volume
 from outbox import schema
 from outbox.config import Config
 from outbox.kafka.shard_log import read_positions
 from outbox.position import Position
-from relays import environment, eventually, must
+from relays import OUTBOX, environment, eventually, must
 
+PASSWORD = "of-the-relay"
 TESTS = Path(__file__).resolve().parent.parent
 
 
@@ -98,7 +100,8 @@ class Scene:
     """PostgreSQL and Kafka of its own, both behind proxies as far as the relay is concerned; an outbox; its types.
 
     Writers reach PostgreSQL directly: what is cut is the relay's line. `relay()` and `victim()` start relays;
-    `settle()` drains and judges.
+    `settle()` drains and judges. `relay_role`: the relay logs in as this role, with a password. `small_disk`: the
+    server that lies on `volume`, a file system that can be filled. `environment` is that of PostgreSQL's process.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class Scene:
         brokers: int = 1,
         relay_role: str | None = None,
         retention: str = "1 day",
+        small_disk: Literal["postgres", "kafka"] | None = None,
+        environment: Mapping[str, str] = {},
         **settings: object,
     ) -> None:
         self.directory = directory / name
@@ -120,7 +125,12 @@ class Scene:
         self.directory.chmod(0o755)
         self.name = name
         self._stack = ExitStack()
-        self.postgres = Postgres(self.directory / "postgres", options={"shared_buffers": "64MB", **(postgres or {})})
+        self.postgres = Postgres(
+            self.directory / "postgres",
+            options={"shared_buffers": "64MB", **(postgres or {})},
+            environment=environment,
+        )
+        self._small_disk = small_disk
         self._brokers = brokers
         self._relay_role = relay_role
         self._retention = retention
@@ -133,6 +143,7 @@ class Scene:
         self.timeline = 1
         self.adopted = False
         self.republished = False
+        self.gone: dict[str, Position] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -150,6 +161,8 @@ class Scene:
         self._stack.close()
 
     def _make(self) -> None:
+        if self._small_disk is not None:
+            self.volume = self._stack.enter_context(Volume(self.directory / self._small_disk, megabytes=300))
         first = self.postgres
         first.launch()
         self._stack.callback(lambda: first.stop("immediate"))
@@ -166,14 +179,21 @@ class Scene:
                 schema.Settings(self.name, shards=self.shards, doorbell=self.doorbell, retention=self._retention),
             )
             if self._relay_role is not None:
-                connection.execute(f"CREATE ROLE {self._relay_role} LOGIN".encode())
+                connection.execute(f"CREATE ROLE {self._relay_role} LOGIN PASSWORD '{PASSWORD}'".encode())
                 for statement in schema.grants("outbox", relay=self._relay_role):
                     connection.execute(statement.encode())
+        if self._relay_role is not None:
+            self._ask_for_the_password()
         make_domain(self.postgres.url())
         for type_name in TYPES:
             collapse = ["--no-collapse"] if type_name == "every" else []
             must(self.env(), "types", "add", type_name, "--topic", self.topics[type_name], *collapse)
         must(self.env(), "topics", "apply", "--yes")
+
+    def _ask_for_the_password(self) -> None:
+        rules = self.postgres.data / "pg_hba.conf"
+        rules.write_text(f"host all {self._relay_role} 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
+        self.sql("SELECT pg_reload_conf()")
 
     def _make_kafka(self) -> None:
         kafka = Kafka(self.directory / "kafka")
@@ -223,11 +243,16 @@ class Scene:
 
     def relay(self, *, shard: int = 0, **settings: object) -> Relay:
         """Start the relay of the command line."""
-        command = [str(Path(sys.executable).with_name("outbox")), "relay"]
         env = self.env(shard=shard, **settings)
         if self._relay_role is not None:
-            env["OUTBOX_DATABASE_URL"] = env["OUTBOX_DATABASE_URL"].replace("postgres@", f"{self._relay_role}@")
-        return self._start(command, env)
+            env["OUTBOX_DATABASE_URL"] = env["OUTBOX_DATABASE_URL"].replace(
+                "postgres@", f"{self._relay_role}:{PASSWORD}@"
+            )
+        return self._start([str(OUTBOX), "relay"], env)
+
+    def command(self, *arguments: str) -> Relay:
+        """Start another command of the command line, to be watched and killed like a relay."""
+        return self._start([str(OUTBOX), *arguments], self.env())
 
     def victim(self, place: str, number: int, what: str = "KILL", *, deaf: bool = False, **settings: object) -> Relay:
         """Start a relay that kills or freezes itself at a place; see `faults.victim`."""
@@ -254,18 +279,20 @@ class Scene:
         with psycopg.connect(self.url()) as connection:
             self.change(connection, key)
 
-    def change(self, connection: psycopg.Connection, key: str) -> None:
-        """The same in somebody's transaction."""
+    def change(
+        self, connection: psycopg.Connection, key: str, *, type_name: str = "wide", age: str = "0", padding: int = 0
+    ) -> None:
+        """The same in somebody's transaction; `age` (an interval) and `padding` (characters) are what Kafka refuses."""
         connection.execute(
-            "INSERT INTO thing (type, key, version, alive, changed_on) VALUES ('wide', %s, 1, true, %s)"
+            "INSERT INTO thing (type, key, version, alive, changed_on) VALUES (%s, %s, 1, true, %s)"
             " ON CONFLICT (type, key) DO UPDATE SET version = thing.version + 1",
-            [key, self.timeline],
+            [type_name, key, self.timeline],
         )
         connection.execute(
-            "INSERT INTO outbox.entries (type, key, state) SELECT type, key,"
-            " convert_to(jsonb_build_object('version', version, 'on', changed_on)::text, 'UTF8')"
-            " FROM thing WHERE type = 'wide' AND key = %s",
-            [key],
+            "INSERT INTO outbox.entries (type, key, state, created_at) SELECT type, key, convert_to(jsonb_build_object("
+            "'version', version, 'on', changed_on, 'padding', repeat('x', %s))::text, 'UTF8'),"
+            " clock_timestamp() - %s::interval FROM thing WHERE type = %s AND key = %s",
+            [padding, age, type_name, key],
         )
 
     def sql(self, statement: str) -> None:
@@ -282,12 +309,25 @@ class Scene:
             ).fetchone()
         return int(row[0]) if row else 0
 
+    def positions(self) -> list[Position | None]:
+        """The committed positions, by shard."""
+        values = read_positions(Config(kafka_bootstrap_servers=self.bootstrap), self.name)
+        return [Position.decode(value) if value is not None else None for value in values]
+
+    def admin(self) -> AdminClient:
+        """Kafka, as its administrator."""
+        return AdminClient({"bootstrap.servers": self.bootstrap})
+
+    def delete_topic(self, topic: str) -> None:
+        """Delete a topic, as somebody might, and wait until it is gone."""
+        admin = self.admin()
+        admin.delete_topics([topic])[topic].result()
+        eventually(lambda: topic not in admin.list_topics(timeout=5).topics, what="the topic is gone")
+
     def lose_positions(self) -> None:
         """Delete the positions topic, as somebody might, and make it anew."""
         topic = f"{self.name}.outbox.positions"
-        admin = AdminClient({"bootstrap.servers": self.bootstrap})
-        admin.delete_topics([topic])[topic].result()
-        eventually(lambda: topic not in admin.list_topics(timeout=5).topics, what="the topic is gone")
+        self.delete_topic(topic)
         must(self.env(), "topics", "apply", "--yes")
         self.republished = True
 
@@ -298,7 +338,7 @@ class Scene:
 
     def wait_in_sync(self, *, seconds: float = 60) -> None:
         """Wait until every partition has all of its replicas in sync."""
-        admin = AdminClient({"bootstrap.servers": self.bootstrap})
+        admin = self.admin()
 
         def in_sync() -> bool:
             topics = admin.list_topics(timeout=5).topics.values()
@@ -308,8 +348,7 @@ class Scene:
 
     def drain_peak(self) -> float:
         """Drain with a relay of its own; its peak memory in MB."""
-        command = [str(Path(sys.executable).with_name("outbox")), "relay", "--until-caught-up"]
-        relay = self._start(command, self.env())
+        relay = self.command("relay", "--until-caught-up")
         _, status, usage = os.wait4(relay.process.pid, 0)
         relay.process.returncode = os.waitstatus_to_exitcode(status)
         assert relay.process.returncode == 0, relay.log.read_text()[-2000:]
@@ -321,10 +360,11 @@ class Scene:
             row = connection.execute("SELECT coalesce(max(id), 0) FROM outbox.entries").fetchone()
         return int(row[0]) if row else 0
 
-    def unpublished(self) -> int:
-        """How many entries wait, by the relay's own position."""
-        status = json.loads(must(self.env(), "status", "--json"))
-        return sum(int(one["unpublished"]) for one in status["types"])
+    def epoch(self) -> int:
+        """How often the log was adopted, and one."""
+        with psycopg.connect(self.url()) as connection:
+            (epoch,) = connection.execute("SELECT epoch FROM outbox.settings").fetchone() or (0,)
+        return int(epoch)
 
     def seconds_until_published(self, *, seconds: float = 90) -> float:
         """How long it takes until what is committed now is published."""
@@ -332,13 +372,9 @@ class Scene:
         target = self.greatest()
 
         def there() -> bool:
-            config = Config(kafka_bootstrap_servers=self.bootstrap)
-            values = read_positions(config, self.name)
-            if any(value is None for value in values):
-                return False
-            found = [Position.decode(value) for value in values if value is not None]
             return all(
-                one.point.floor >= target or (one.cut is not None and one.cut.last_id >= target) for one in found
+                one is not None and (one.point.floor >= target or (one.cut is not None and one.cut.last_id >= target))
+                for one in self.positions()
             )
 
         eventually(there, seconds=seconds, what=f"publishing up to entry {target}")
@@ -362,6 +398,7 @@ class Scene:
             timeline=self.timeline,
             adopted=self.adopted,
             republished=self.republished,
+            gone=self.gone,
         )
 
 

@@ -12,7 +12,7 @@ import psycopg
 
 from devstack.postgres import Postgres
 from faults.scene import Outcome, Say, Scene
-from relays import outbox
+from relays import must, outbox
 
 
 def fail_over(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
@@ -38,9 +38,7 @@ def fail_over(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
                 say(f"{what}: {number + 1} of {times}, {time.monotonic() - began:.0f} s")
                 load.stop()
                 judgement = scene.settle(relay)
-                with psycopg.connect(scene.url()) as connection:
-                    row = connection.execute("SELECT epoch FROM outbox.settings").fetchone()
-                assert row == (2,), f"adopted more than once: {row}"
+                assert scene.epoch() == 2, "adopted more than once"
                 yield Outcome(f"{what}: the tail is lost", 1, judgement, [seconds])
 
 
@@ -85,44 +83,62 @@ def two_shards(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
                 seconds = scene.seconds_until_published()
             say(f"two shards: {number + 1} of {times}")
             judgement = scene.settle(*relays)
-            with psycopg.connect(scene.url()) as connection:
-                row = connection.execute("SELECT epoch FROM outbox.settings").fetchone()
-            assert row == (2,), f"adopted more than once: {row}"
+            assert scene.epoch() == 2, "adopted more than once"
             yield Outcome("two shards lose their tail, one relay is killed", 2, judgement, [seconds])
 
 
 def other_cluster(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """A dump is loaded into another cluster: refused until `outbox adopt`."""
+    """A dump is loaded into another cluster: refused until `outbox adopt`, which is killed once, under writers.
+
+    A prepared transaction holds the adoption up. Two shards.
+    """
     for number in range(times):
-        with Scene(directory, f"dump-{number}") as scene, scene.load() as load:
-            relay = scene.relay()
-            relay.wait_said("relay.holds")
-            load.wait_written(30)
-            scene.seconds_until_published()
-            load.stop()
-            relay.send(signal.SIGTERM)
-            assert relay.wait() == 0
-            other = Postgres(scene.directory / "other", options=scene.postgres.options)
-            other.start()
-            dump = scene.directory / "dump.sql"
-            with dump.open("wb") as to:
-                subprocess.run([Postgres.bin("pg_dump"), scene.url()], stdout=to, check=True, timeout=120)
-            with dump.open("rb") as source:
-                subprocess.run(
-                    [Postgres.bin("psql"), "-q", "-v", "ON_ERROR_STOP=1", other.url()],
-                    stdin=source, stdout=subprocess.DEVNULL, check=True, timeout=120,
-                )  # fmt: skip
-            scene.postgres.stop("immediate")
-            scene.replace_postgres(other)
+        with Scene(directory, f"dump-{number}", shards=2, doorbell=False, poll_interval="0.2") as scene:
+            with scene.load() as load:
+                relays = [scene.relay(shard=0), scene.relay(shard=1)]
+                for relay in relays:
+                    relay.wait_said("relay.holds")
+                load.wait_written(30)
+                scene.seconds_until_published()
+            for relay in relays:
+                relay.send(signal.SIGTERM)
+                assert relay.wait() == 0
+            _dump_and_load(scene)
             scene.timeline, scene.adopted = 2, True
-            refused = outbox(scene.env(), "relay", "--until-caught-up")
-            assert refused.returncode == 76, refused.stderr
-            assert "outbox adopt" in refused.stderr
-            adopted = outbox(scene.env(), "adopt", "--yes")
-            assert adopted.returncode == 0, adopted.stderr
             with scene.load() as more:
-                second = scene.relay()
+                more.wait_written(10)
+                for shard in (0, 1):
+                    refused = outbox(scene.env(shard=shard), "relay", "--until-caught-up")
+                    assert refused.returncode == 76, refused.stderr
+                    assert "outbox adopt" in refused.stderr
+                with psycopg.connect(scene.url()) as connection:
+                    scene.change(connection, "prepared")
+                    connection.execute("PREPARE TRANSACTION 'held'")
+                    connection.commit()
+                killed = scene.command("adopt", "--yes")
+                killed.wait_said("adoption.locked_out")
+                killed.kill()
+                scene.sql("COMMIT PREPARED 'held'")
+                must(scene.env(), "adopt", "--yes", seconds=120)
+                relays = [scene.relay(shard=0), scene.relay(shard=1)]
                 more.wait_written(20)
                 seconds = scene.seconds_until_published()
             say(f"another cluster: {number + 1} of {times}")
-            yield Outcome("another cluster, adopted by a person", 1, scene.settle(second), [seconds])
+            judgement = scene.settle(*relays)
+            assert scene.epoch() == 2, "adopted more than once"
+            yield Outcome("another cluster, adopted by a person; `outbox adopt` is killed", 2, judgement, [seconds])
+
+
+def _dump_and_load(scene: Scene) -> None:
+    other = Postgres(scene.directory / "other", options=scene.postgres.options)
+    other.start()
+    dump = scene.directory / "dump.sql"
+    with dump.open("wb") as to:
+        subprocess.run([Postgres.bin("pg_dump"), scene.url()], stdout=to, check=True, timeout=120)
+    with dump.open("rb") as source:
+        subprocess.run(
+            [Postgres.bin("psql"), "-q", "-v", "ON_ERROR_STOP=1", other.url()],
+            stdin=source, stdout=subprocess.DEVNULL, check=True, timeout=120,
+        )  # fmt: skip
+    scene.postgres.stop("immediate")
+    scene.replace_postgres(other)

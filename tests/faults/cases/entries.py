@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 
 from faults.scene import Outcome, Say, Scene
-from relays import must
+from relays import eventually, must
 
 
 def open_transactions(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
@@ -66,3 +66,50 @@ def pruned(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         yield Outcome("a slot is pruned under load, another is locked", emptied, scene.settle(relay), seconds, notes)
         scene.lose_positions()
         yield Outcome("the positions topic is lost after pruning out of order", 1, scene.settle())
+
+
+def refused(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """Records that the broker refuses, several among innocent ones and in two topics: exactly those are dead-lettered.
+
+    Then what refused them is mended, a retry is asked for, and they are published, too.
+    """
+    seconds = []
+    limit = "message.timestamp.before.max.ms"
+    with Scene(directory, "refused", batch_rows="500") as scene:
+        for type_name in ("wide", "every"):
+            must(scene.env(), "types", "change", type_name, "--topic-setting", f"{limit}=3600000")
+        must(scene.env(), "topics", "apply", "--yes")
+        with scene.load() as load:
+            relay = scene.relay()
+            relay.wait_said("relay.holds")
+            guilty: set[tuple[str, str]] = set()
+            for number in range(times):
+                load.wait_written(10)
+                with psycopg.connect(scene.url()) as connection:
+                    for place in range(30):
+                        type_name = ("wide", "every")[place % 2]
+                        bad = place % 7 == 0
+                        key = f"{'guilty' if bad else 'innocent'}-{number}-{place}"
+                        # Too old for the topic, or larger than it takes; the others lie in the same batches.
+                        scene.change(
+                            connection,
+                            key,
+                            type_name=type_name,
+                            age="2 hours" if bad and place % 3 else "0",
+                            padding=1_200_000 if bad and not place % 3 else 0,
+                        )
+                        if bad:
+                            guilty.add((type_name, key))
+                seconds.append(scene.seconds_until_published())
+                say(f"refused: {len(guilty)} records in {number + 1} of {times} rounds")
+            found = {(x["type"], x["key"]) for x in json.loads(must(scene.env(), "dead-letters", "list", "--json"))}
+            assert found == guilty, found ^ guilty
+            for type_name in ("wide", "every"):
+                must(scene.env(), "types", "change", type_name, "--max-bytes", "3000000")
+                must(scene.env(), "types", "change", type_name, "--topic-setting", f"{limit}={2**63 - 1}")
+            must(scene.env(), "topics", "apply", "--yes")
+            must(scene.env(), "dead-letters", "retry", "--all", "--yes")
+            eventually(lambda: json.loads(must(scene.env(), "dead-letters", "list", "--json")) == [], seconds=60)
+            load.stop()
+        notes = "those alone were dead-lettered, and published after the limits were mended and a retry was asked for"
+        yield Outcome("records are refused among others", len(guilty), scene.settle(relay), seconds, notes)

@@ -98,3 +98,24 @@ def expired(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             say(f"expired: {number + 1} of {times}")
         judgement = scene.settle(relay)
         yield Outcome("idle until the transactional id expires", times, judgement, seconds)
+
+
+def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """Kafka has no room left and goes down; when it has room and is started, the relay goes on by itself."""
+    seconds = []
+    with Scene(directory, "kafka-full", small_disk="kafka", transaction_timeout=10) as scene, scene.load() as load:
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        for number in range(times):
+            load.wait_written(10)
+            scene.volume.fill()
+            assert scene.kafka.wait_gone(120), "Kafka goes on without room"
+            load.wait_written(10)
+            scene.volume.free()
+            scene.kafka.start()
+            seconds.append(scene.seconds_until_published())
+            assert relay.alive, relay.log.read_text()[-2000:]
+            say(f"Kafka's disk was full: {number + 1} of {times}")
+        load.stop()
+        assert load.failed == 0, load.errors
+        yield Outcome("Kafka's disk is full, and it goes down", times, scene.settle(relay), seconds)

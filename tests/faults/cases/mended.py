@@ -2,46 +2,189 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from faults.scene import Outcome, Say, Scene
-from relays import eventually
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # the package re-exports them without saying so
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourcePatternType,
+    ResourceType,
+)
+
+from faults.load import Load
+from faults.scene import PASSWORD, Outcome, Relay, Say, Scene
+from relays import eventually, must
+
+Break = Callable[[], object]
+
+AUTHORIZER = {
+    "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+    "allow.everyone.if.no.acl.found": "true",
+}
+"""Nobody logs in: the broker's own requests and the relay's are the same user's. What no rule names is allowed."""
 
 
-def mended(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """What a person must mend: said with the cure, and gone on from when it is mended."""
-    seconds: list[float] = []
-    done = 0
-    with Scene(directory, "mended", relay_role="relay_role") as scene, scene.load() as load:
-        relay = scene.relay()
-        relay.wait_said("relay.holds")
-        break_and_mend: tuple[tuple[str, str], ...] = (
+def _mend(scene: Scene, relay: Relay, load: Load, break_it: Break, mend: Break, cure: str) -> float:
+    """Break something and wait until the relay says the cure; mend it; seconds until publishing went on."""
+    load.wait_written(5)
+    count = scene.count_said(relay, "relay.stuck")
+    break_it()
+    eventually(lambda: scene.count_said(relay, "relay.stuck") > count, seconds=60, what="stuck")
+    said = relay.said("relay.stuck")
+    assert said is not None
+    assert cure in said["cure"], said
+    load.wait_written(5)
+    mend()
+    seconds = scene.seconds_until_published()
+    assert relay.alive, relay.log.read_text()[-2000:]
+    return seconds
+
+
+def denied_by_postgres(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """PostgreSQL denies the relay a table, the login, its password."""
+    broken: dict[str, tuple[tuple[str, str, str], ...]] = {
+        "a privilege is revoked": (
             (
                 "REVOKE SELECT ON outbox.entries FROM relay_role",
                 "GRANT SELECT ON outbox.entries TO relay_role",
+                "outbox_grant",
             ),
-            ("ALTER ROLE relay_role NOLOGIN", "ALTER ROLE relay_role LOGIN"),
-        )
+        ),
+        "the login is taken away": (
+            ("ALTER ROLE relay_role NOLOGIN", "ALTER ROLE relay_role LOGIN", "the user and the password"),
+        ),
+        "the password expires, or is changed": (
+            (
+                "ALTER ROLE relay_role VALID UNTIL '2001-01-01'",
+                "ALTER ROLE relay_role VALID UNTIL 'infinity'",
+                "the user and the password",
+            ),
+            (
+                "ALTER ROLE relay_role PASSWORD 'another'",
+                f"ALTER ROLE relay_role PASSWORD '{PASSWORD}'",
+                "the user and the password",
+            ),
+        ),
+    }
+    with Scene(directory, "denied", relay_role="relay_role") as scene, scene.load() as load:
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        seconds: dict[str, list[float]] = {fault: [] for fault in broken}
+
+        def deny(statement: str) -> None:
+            scene.sql(statement)
+            scene.terminate()
+
         for _ in range(times):
-            for broken, mend in break_and_mend:
-                load.wait_written(5)
-                count = scene.count_said(relay, "relay.stuck")
-                scene.sql(broken)
-                scene.terminate()
-                eventually(
-                    lambda count=count: scene.count_said(relay, "relay.stuck") > count,  # type: ignore[misc]  # bound now
-                    seconds=30,
-                    what="stuck",
-                )
-                said = relay.said("relay.stuck")
-                assert said is not None
-                assert said["cure"]
-                scene.sql(mend)
-                seconds.append(scene.seconds_until_published())
-                done += 1
-                say(f"mended: {mend}")
+            for fault, ways in broken.items():
+                for broken_by, mended_by, cure in ways:
+                    seconds[fault].append(
+                        _mend(scene, relay, load, partial(deny, broken_by), partial(scene.sql, mended_by), cure)
+                    )
+                    say(f"mended: {mended_by}")
         load.stop()
-        assert relay.alive
         assert load.failed == 0, load.errors
-        yield Outcome("a privilege or a login is taken away, and given back", done, scene.settle(relay), seconds)
+        judgement = scene.settle(relay)
+        for fault, needed in seconds.items():
+            yield Outcome(fault, len(needed), judgement, needed)
+
+
+def denied_by_kafka(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """Kafka denies the relay to write to one of its topics."""
+    seconds = []
+    with Scene(directory, "acl", kafka=AUTHORIZER) as scene, scene.load() as load:
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        admin = scene.admin()
+
+        def rule(operation: AclOperation, permission: AclPermissionType) -> AclBinding:
+            return AclBinding(
+                ResourceType.TOPIC, scene.topics["wide"], ResourcePatternType.LITERAL,
+                "User:ANONYMOUS", "*", operation, permission,
+            )  # fmt: skip
+
+        rules = [
+            rule(AclOperation.ALL, AclPermissionType.ALLOW),
+            rule(AclOperation.WRITE, AclPermissionType.DENY),
+        ]
+        every = AclBindingFilter(
+            ResourceType.TOPIC, scene.topics["wide"], ResourcePatternType.LITERAL,
+            None, None, AclOperation.ANY, AclPermissionType.ANY,  # type: ignore[arg-type]  # None: any
+        )  # fmt: skip
+
+        def deny() -> None:
+            for made in admin.create_acls(rules).values():
+                made.result()
+
+        def allow() -> None:
+            for gone in admin.delete_acls([every]).values():
+                gone.result()
+
+        for number in range(times):
+            seconds.append(_mend(scene, relay, load, deny, allow, "ACLs"))
+            say(f"denied by Kafka: {number + 1} of {times}")
+        load.stop()
+        assert load.failed == 0, load.errors
+        yield Outcome("Kafka denies the relay a topic", times, scene.settle(relay), seconds)
+
+
+def topic_changed(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """A topic's policy is changed to delete, under the relay."""
+    seconds = []
+    with Scene(directory, "policy", topic_check_interval=0.3) as scene, scene.load() as load:
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        resource = ConfigResource(
+            ConfigResource.Type.TOPIC,
+            scene.topics["hot"],
+            incremental_configs=[ConfigEntry("cleanup.policy", "delete", incremental_operation=AlterConfigOpType.SET)],
+        )
+
+        admin = scene.admin()
+
+        def change() -> None:
+            admin.incremental_alter_configs([resource])[resource].result()
+
+        for number in range(times):
+            mend = partial(must, scene.env(), "topics", "apply", "--yes")
+            seconds.append(_mend(scene, relay, load, change, mend, "outbox topics apply"))
+            say(f"policy changed: {number + 1} of {times}")
+        load.stop()
+        yield Outcome("a topic's policy becomes delete", times, scene.settle(relay), seconds)
+
+
+def topic_deleted(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """A topic is deleted in the middle of a transaction: what was not published goes on when it is made anew.
+
+    What it held is gone with it. The position that was committed at that moment tells which entries those are.
+    """
+    seconds = []
+    places = ("in the middle of sending", "after read", "after begin")
+    with Scene(directory, "deleted", transaction_timeout=5) as scene, scene.load() as load:
+        for number in range(times):
+            relay = scene.victim(places[number % len(places)], 2, "STOP", transaction_timeout=5)
+            load.wait_written(5)
+            relay.wait_frozen()
+            (position,) = scene.positions()
+            assert position is not None
+            scene.gone["wide"] = position
+
+            def delete(relay: Relay = relay) -> None:
+                scene.delete_topic(scene.topics["wide"])
+                relay.send(signal.SIGCONT)
+
+            mend = partial(must, scene.env(), "topics", "apply", "--yes")
+            seconds.append(_mend(scene, relay, load, delete, mend, "outbox topics apply"))
+            relay.send(signal.SIGTERM)
+            assert relay.wait() == 0
+            say(f"topic deleted: {number + 1} of {times}")
+        load.stop()
+        yield Outcome("a topic is deleted under the relay", times, scene.settle(), seconds)

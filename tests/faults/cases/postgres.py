@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+import psycopg
+
 from faults.scene import Outcome, Say, Scene
-from relays import eventually
+from faults.volume import LeftOutError
+from relays import eventually, must, outbox
 
 
 def crash(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
@@ -63,3 +70,127 @@ def line(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         yield Outcome("the line to PostgreSQL is cut", times, judgement, cut)
         yield Outcome("the relay's backend is terminated", times, judgement, terminated)
         yield Outcome("PostgreSQL accepts and never answers", len(silent), judgement, silent)
+
+
+def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """PostgreSQL has no room left: writers fail, it may go down; the relay goes on when there is room."""
+    seconds = []
+    # Little WAL is kept, so that it must be extended soon.
+    options = {"min_wal_size": "32MB", "max_wal_size": "48MB", "wal_recycle": "off"}
+    with Scene(directory, "pg-full", postgres=options, small_disk="postgres") as scene, scene.load() as load:
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        went_down = 0
+        for number in range(times):
+            load.wait_written(10)
+            scene.volume.fill()
+            failed = load.failed
+            with contextlib.suppress(psycopg.Error):
+                # Somebody's large query takes what little the server had in reserve; or its log does, and it goes down.
+                scene.sql(
+                    "SELECT pg_logical_emit_message(false, 'junk', repeat('x', 1000000)) FROM generate_series(1, 200)"
+                    if number % 2
+                    else "CREATE TABLE junk AS SELECT repeat(md5(n::text), 30) FROM generate_series(1, 300000) n"
+                )
+            eventually(lambda failed=failed: load.failed > failed, seconds=120, what="a writer fails")  # type: ignore[misc]  # bound now
+            scene.volume.free()
+            if scene.postgres.wait_gone(2):
+                went_down += 1
+                scene.postgres.start()
+            load.wait_written(10)
+            scene.sql("DROP TABLE IF EXISTS junk")
+            seconds.append(scene.seconds_until_published())
+            assert relay.alive, relay.log.read_text()[-2000:]
+            say(f"PostgreSQL's disk was full: {number + 1} of {times}")
+        load.stop()
+        notes = f"PostgreSQL went down {went_down} times"
+        yield Outcome("PostgreSQL's disk is full", times, scene.settle(relay), seconds, notes)
+
+
+def read_only(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """The database becomes read-only: writers fail, what is there is published, pruning says why it cannot."""
+    with Scene(directory, "read-only") as scene:
+        for number in range(times):
+            # Something to prune each time, in slots that the clock does not come to.
+            with psycopg.connect(scene.url()) as connection:
+                scene.change(connection, f"old-{number}", age="2 days")
+                connection.execute(
+                    "UPDATE outbox.entries SET slot = (slot + %s) %% 12 WHERE key = %s", [4 + number, f"old-{number}"]
+                )
+        yield from _read_only(scene, times, say)
+
+
+def _read_only(scene: Scene, times: int, say: Say) -> Iterator[Outcome]:
+    seconds = []
+    with scene.load() as load:
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        for number in range(times):
+            load.wait_written(10)
+            failed = load.errors.get("ReadOnlySqlTransaction", 0)
+            scene.sql("ALTER SYSTEM SET default_transaction_read_only = on")
+            scene.sql("SELECT pg_reload_conf()")
+            eventually(
+                lambda failed=failed: load.errors.get("ReadOnlySqlTransaction", 0) > failed,  # type: ignore[misc]  # bound now
+                what="a writer is refused",
+            )
+            seconds.append(scene.seconds_until_published())
+            refused = outbox(scene.env(), "prune")
+            assert refused.returncode == 78, refused.stdout
+            assert "read-only" in refused.stderr, refused.stderr
+            scene.sql("ALTER SYSTEM RESET default_transaction_read_only")
+            scene.sql("SELECT pg_reload_conf()")
+            load.wait_written(5)
+            scene.seconds_until_published()
+            assert any(slot["pruned"] for slot in json.loads(must(scene.env(), "prune", "--json"))["slots"])
+            assert relay.alive, relay.log.read_text()[-2000:]
+            say(f"read-only: {number + 1} of {times}")
+        load.stop()
+        yield Outcome("the database is read-only", times, scene.settle(relay), seconds)
+
+
+def clock(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """The database server's clock jumps by more than the retention, forth and back: nothing is lost, dead or pruned."""
+    library = find_spec("libfaketime")
+    if library is None or not library.submodule_search_locations:
+        raise LeftOutError("the clock of a process cannot be set here: libfaketime is for Linux")
+    shift = directory / "shift"
+    preload = Path(library.submodule_search_locations[0]) / "vendor/libfaketime/src/libfaketime.so.1"
+    environment = {
+        "LD_PRELOAD": str(preload),
+        "FAKETIME_TIMESTAMP_FILE": str(shift),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    shift.write_text("+0")
+    shift.chmod(0o644)
+    seconds = []
+    with (
+        Scene(directory, "clock", environment=environment, prune="on", prune_interval=1) as scene,
+        scene.load() as load,
+    ):
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        load.wait_written(10)
+        jumps = 0
+        for _ in range(times):
+            for to in ("+25h", "+0", "-25h", "+0"):
+                shift.write_text(to)
+                jumps += 1
+                with psycopg.connect(scene.url()) as connection:
+                    (away,) = connection.execute(
+                        "SELECT extract(epoch FROM clock_timestamp())::float8 - %s", [time.time()]
+                    ).fetchone() or (0.0,)
+                assert abs(away - 3600 * float(to.rstrip("h"))) < 60, f"the clock did not jump: {away}"
+                load.wait_written(10)
+                seconds.append(scene.seconds_until_published())
+                kept = [slot["reason"] for slot in json.loads(must(scene.env(), "prune", "--json"))["slots"]]
+                assert None not in kept, f"pruned early, at {to}: {kept}"
+            say(f"the clock jumped {jumps} times")
+        load.stop()
+        assert relay.said("relay.pruned") is None
+        judgement = scene.settle(relay)
+        letters = json.loads(must(scene.env(), "dead-letters", "list", "--json"))
+        assert letters == [], letters
+        yield Outcome("the database's clock jumps by 25 hours", jumps, judgement, seconds)

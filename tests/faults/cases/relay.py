@@ -15,7 +15,7 @@ import psycopg
 
 from faults.judge import Judgement
 from faults.scene import Outcome, Relay, Say, Scene
-from faults.victim import PLACES
+from faults.victim import BEFORE_THE_BELL, PLACES
 from outbox.kafka.reader import read_topic
 
 
@@ -116,20 +116,32 @@ def stall(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
 
 
 def doorbell(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """The doorbell without a polling floor: bursts of writers, and each must wake the relay."""
-    with Scene(directory, "doorbell", poll_interval=86_400, backoff_max="0.5") as scene:
-        relay = scene.relay(poll_interval=86_400)
+    """The doorbell without a polling floor: bursts of writers, and each must wake the relay.
+
+    Then the same for a relay that does not look once more before it sleeps: it misses some.
+    """
+    with Scene(directory, "doorbell", poll_interval=86_400) as scene:
+        relay = scene.relay()
         relay.wait_said("relay.holds")
-        lost, written = bursts(scene, times, say)
+        lost, _ = bursts(scene, times, say, until_lost=False)
         assert not lost, f"{lost} wake-ups were lost"
-        yield Outcome("bursts of writers, no polling floor", times, scene.settle(relay), notes=f"{written} entries")
+        outcome = Outcome("bursts of writers, no polling floor", times, scene.settle(relay))
+    with Scene(directory, "deaf", poll_interval=86_400) as scene:
+        relay = scene.victim(BEFORE_THE_BELL, 0, deaf=True)
+        relay.wait_said("relay.holds")
+        lost, tried = bursts(scene, 20 * times, say, until_lost=True)
+        assert lost, f"a relay without its second look lost no wake-up in {tried} bursts"
+        assert scene.settle(relay).right
+    outcome.notes = f"without its second look the relay missed the end of a burst after {tried}"
+    yield outcome
 
 
-def bursts(scene: Scene, times: int, say: Say, *, patience: float = 5.0) -> tuple[int, int]:
-    """Let writers write in bursts, and wait after each until all is published; wake-ups lost, entries written."""
+def bursts(scene: Scene, times: int, say: Say, *, until_lost: bool) -> tuple[int, int]:
+    """Let writers write in bursts, and wait after each until all is published; wake-ups lost, bursts tried."""
     chance = random.Random(3)
     lost = 0
-    before = scene.greatest()
+    # While it is awake a burst is published in milliseconds; a wake-up that is lost is lost for good.
+    patience = 2.0 if until_lost else 10.0
     with ThreadPoolExecutor(4) as pool:
         for number in range(times):
             pauses = [chance.random() * 0.02 for _ in range(4)]
@@ -140,16 +152,18 @@ def bursts(scene: Scene, times: int, say: Say, *, patience: float = 5.0) -> tupl
                 lost += 1
                 scene.put("a ring for what slept")
                 scene.seconds_until_published()
+                if until_lost:
+                    return lost, number + 1
             if number % 50 == 49:
                 say(f"bursts: {number + 1} of {times}, {lost} wake-ups lost")
-    return lost, scene.greatest() - before
+    return lost, times
 
 
 def _burst(scene: Scene, writer: int, pause: float) -> None:
     with psycopg.connect(scene.url()) as connection:
-        for _ in range(4):
+        for _ in range(17):
             scene.change(connection, f"burst-{writer}")
-            connection.execute("SELECT pg_sleep(%s)", [pause])
+            connection.execute("SELECT pg_sleep(%s)", [pause / 4])
             connection.commit()
 
 
