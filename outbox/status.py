@@ -15,6 +15,9 @@ from outbox.position import Position, start
 from outbox.pruning import Slot, slots
 from outbox.schema import quote
 
+# A relay that cannot log in looks like one that is not there.
+_AWAY = "no relay is connected; unpublished entries wait"
+
 
 @dataclass(frozen=True, slots=True)
 class TypeStatus:
@@ -131,7 +134,7 @@ def _shard(
     age = None if position is None or not position.at_ms else max(0.0, round(time.time() - position.at_ms / 1000, 3))
     epoch = position.epoch if position else None
     if not mine:
-        return ShardStatus(shard, "not running", "unpublished entries wait" if waiting else None, epoch, age)
+        return ShardStatus(shard, "not running", _AWAY if waiting else None, epoch, age)
     state, _, on = mine[0].split(" ", 2)[2].partition(":")
     if state == "idle" and waiting and kafka is None:
         state = "working"

@@ -238,6 +238,11 @@ def test_an_unknown_command_names_the_one_that_was_meant() -> None:
     refused(environment("postgresql://x@y/z", "x:1"), ("statsu",), 2, "status")
 
 
+def test_a_time_limit_that_is_not_a_number_is_refused(nowhere: dict[str, str]) -> None:
+    """Python reads `nan` as a number, and it passes every comparison with a bound."""
+    refused(nowhere, ("relay", "--until-caught-up", "--timeout", "nan"), 2, "no number of seconds")
+
+
 def test_with_json_an_error_is_json(nowhere: dict[str, str]) -> None:
     """On standard error, with the exit code."""
     done = outbox(nowhere, "types", "list", "--json")

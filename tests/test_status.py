@@ -45,7 +45,7 @@ def test_before_the_first_relay_everything_is_unpublished(env: dict[str, str]) -
     (thing,), (shard,) = seen["types"], seen["shards"]
     assert (thing["type"], thing["unpublished"], thing["published"]) == ("thing", 3, 0)
     assert thing["oldest_seconds"] >= 0
-    assert (shard["state"], shard["on"]) == ("not running", "unpublished entries wait")
+    assert (shard["state"], shard["on"]) == ("not running", "no relay is connected; unpublished entries wait")
     assert sum(slot["entries"] for slot in seen["ring"]) == 3
 
 

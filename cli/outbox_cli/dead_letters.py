@@ -13,6 +13,7 @@ from outbox.entity_types import read_types
 from outbox.errors import NoRelayError, UnknownTypeError
 from outbox_cli.settings import (
     ENTITY_TYPE,
+    Seconds,
     Settings,
     confirm,
     json_option,
@@ -131,6 +132,8 @@ def _ask(
         print_json({"request": number, **total, "examples": gone})
         return
     click.echo(", ".join(f"{word.replace('_', ' ')}: {count}" for word, count in total.items()))
+    if total.get("refused"):
+        click.echo("refused again; the reasons: outbox dead-letters list", err=True)
     for entity in gone:
         click.echo(f"no longer retained: {entity[0]} {entity[1]}; have the service write it again", err=True)
 
@@ -141,7 +144,7 @@ _ALL = click.option("--all", "everything", is_flag=True, help="All of them.")
 _YES = click.option("--yes", is_flag=True, help="Do not ask.")
 _TIMEOUT = click.option(
     "--timeout",
-    type=click.FloatRange(0, 86_400),
+    type=Seconds(0, 86_400),
     default=30.0,
     show_default=True,
     help="Seconds to wait for the relay.",

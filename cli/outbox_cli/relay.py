@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from outbox import __version__
-from outbox_cli.settings import Settings, json_option, print_json, with_settings
+from outbox_cli.settings import Seconds, Settings, json_option, print_json, with_settings
 
 
 @click.command(epilog="Example: outbox relay --until-caught-up")
 @click.option("--until-caught-up", is_flag=True, help="Publish all that is committed now, then exit 0.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 604_800),
+    type=Seconds(0.1, 604_800),
     metavar="SECONDS",
     help="With --until-caught-up: exit 69 if it takes longer; otherwise servers that are away are waited for.",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,20 @@ _GLOBAL = (
     click.option("--database-url", metavar="URL", help="The owning service's database. [OUTBOX_DATABASE_URL]"),
     click.option("--kafka-bootstrap-servers", metavar="HOST:PORT", help="Kafka. [OUTBOX_KAFKA_BOOTSTRAP_SERVERS]"),
     click.option("--schema", metavar="NAME", help="The outbox's schema; default outbox. [OUTBOX_SCHEMA]"),
-    click.option("--name", metavar="NAME", help="Check that the outbox has this name. [OUTBOX_NAME]"),
+    click.option("--name", metavar="NAME", help="The outbox's name: set where it is made, else checked. [OUTBOX_NAME]"),
     click.option("--config", "config_file", metavar="FILE", help=f"Settings; default ./{FILE_NAME}. [OUTBOX_CONFIG]"),
 )
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds within bounds; `nan` is none, though no comparison says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return seconds
 
 
 def global_options(function: F) -> F:

@@ -8,12 +8,12 @@ import threading
 import click
 
 from outbox.status import Status, look
-from outbox_cli.settings import Settings, json_option, print_json, table, with_settings
+from outbox_cli.settings import Seconds, Settings, json_option, print_json, table, with_settings
 
 
 @click.command(epilog="Example: outbox status --watch")
 @click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
-@click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, help="Seconds between.")
+@click.option("--interval", type=Seconds(0.1, 3600), default=2.0, show_default=True, help="Seconds between.")
 @json_option
 @with_settings
 def command(settings: Settings, watch: bool, interval: float, as_json: bool) -> None:
