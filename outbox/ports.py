@@ -55,6 +55,13 @@ class Source(Protocol):
     def wait_flushed(self, lsn: str) -> None:
         """Wait until everything up to an LSN is on the server's disk."""
 
+    @property
+    def announced(self) -> str | None:
+        """The token of the relay that was heard last to have taken this shard, if any was."""
+
+    def announce(self, token: str) -> None:
+        """Tell the other relays of this shard, which may sleep, that it was taken."""
+
     def report(self, request: int, outcome: Mapping[str, Any]) -> None:
         """Say what became of a request."""
 

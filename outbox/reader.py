@@ -60,6 +60,8 @@ class Reader:
         }
         self._bell = bell_key(config.schema, shard)
         self._state = ""
+        self._taken = f"taken {shard} "
+        self._announced: str | None = None
 
     # -- the connection ----------------------------------------------------------------------------------------
 
@@ -81,8 +83,7 @@ class Reader:
                 connection.execute("SET enable_bitmapscan = off")
                 connection.execute("SET plan_cache_mode = force_generic_plan")
                 connection.execute("SET jit = off")
-                if identity.doorbell:
-                    connection.execute(psycopg_sql.SQL("LISTEN {}").format(psycopg_sql.Identifier(self._config.schema)))
+                connection.execute(psycopg_sql.SQL("LISTEN {}").format(psycopg_sql.Identifier(self._config.schema)))
         except BaseException:
             connection.close()
             raise
@@ -322,21 +323,36 @@ class Reader:
         with self._asking():
             self._open().execute(self._query("release_bell"), {"bell": self._bell}, prepare=True)
 
+    @property
+    def announced(self) -> str | None:
+        """The token of the relay that was heard last to have taken this shard, if any was; see `hear`."""
+        return self._announced
+
+    def announce(self, token: str) -> None:
+        """Tell the other relays of this shard, which may sleep, that it was taken."""
+        with self._asking():
+            self._open().execute("SELECT pg_notify(%s, %s)", [self._config.schema, f"{self._taken}{token}"])
+
     def wait_rung(self, seconds: float, wake: Wake) -> bool:
         """Sleep until somebody rings, `wake` is set, or the time is over; whether it was rung."""
         connection = self._open()
         with translated(self._where), selectors.DefaultSelector() as selector:
-            if self._rung(connection):
+            if self.hear():
                 return True
             selector.register(connection.fileno(), selectors.EVENT_READ)
             selector.register(wake.fileno(), selectors.EVENT_READ)
             if any(key.fd == connection.fileno() for key, _ in selector.select(seconds)):
-                return self._rung(connection)
+                return self.hear()
         return False
 
-    @staticmethod
-    def _rung(connection: Connection) -> bool:
-        return len(list(connection.notifies(timeout=0))) > 0
+    def hear(self) -> bool:
+        """Take in what was notified: rings of writers, and relays that took a shard; whether there was anything."""
+        with translated(self._where):
+            heard = list(self._open().notifies(timeout=0))
+        for notification in heard:
+            if notification.payload.startswith(self._taken):
+                self._announced = notification.payload.removeprefix(self._taken)
+        return bool(heard)
 
     # -- the functions that the relay may call -----------------------------------------------------------------
 

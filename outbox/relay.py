@@ -171,6 +171,7 @@ class Relay:
             reader.show("idle")
             polls_often = identity is not None and identity.doorbell
             self._wake.wait(self._config.busy_poll_interval if polls_often else self._config.poll_interval)
+            reader.hear()
             return
         try:
             if not self._shard.look_again():

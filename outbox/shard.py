@@ -117,6 +117,7 @@ class Shard:
         # Whether the cut that is being read was begun by a former holder, before this one took over.
         self._inherited = False
         self._has_held = False
+        self._heeded: str | None = None
 
     @property
     def has_held(self) -> bool:
@@ -149,6 +150,7 @@ class Shard:
         if kafka is None or position is None:
             self._take(self._source.identity)
             return Step(Did.TOOK_OVER if self.holds else Did.NOTHING, more=True)
+        self._heed(kafka)
         batch = self._next_batch(position)
         verdict = judge(batch.position, batch.head)
         if verdict is not Verdict.CONTINUES:
@@ -249,6 +251,17 @@ class Shard:
         self._has_held = True
         self._types_seen = head.types_version
         emit(log, "relay.holds", shard=number, outbox=identity.name, token=self._token, epoch=position.epoch)
+        self._source.announce(self._token)
+
+    def _heed(self, kafka: Log) -> None:
+        """Stop for a relay that said it took the shard, if it did; Kafka tells an idle holder only later."""
+        said = self._source.announced
+        if said in {None, self._token, self._heeded}:
+            return
+        self._heeded = said
+        value = kafka.read_position()
+        if value is not None and Position.decode(value).token != self._token:
+            raise self._superseded()
 
     def _start(self, identity: Identity, head: Head | None = None) -> Position:
         """The position of a log that was never published; without a head only good for looking."""

@@ -46,7 +46,7 @@ def must(env: Mapping[str, str], *arguments: str, seconds: float = 60) -> str:
     return done.stdout
 
 
-def eventually(look: Callable[[], T | None], *, seconds: float = 30, what: str = "it") -> T:
+def eventually(look: Callable[[], T | None], *, seconds: float = 60, what: str = "it") -> T:
     """Look until something is there; what was found."""
     deadline = time.monotonic() + seconds
     while True:
@@ -90,7 +90,7 @@ class RelayProcess:
             self.process.kill()
         self.process.wait()
 
-    def stop(self, *, seconds: float = 10) -> int:
+    def stop(self, *, seconds: float = 30) -> int:
         """End it in order; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
@@ -100,7 +100,7 @@ class RelayProcess:
         """The lines of its log."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
-    def wait_event(self, name: str, *, seconds: float = 30, count: int = 1) -> dict[str, Any]:
+    def wait_event(self, name: str, *, seconds: float = 60, count: int = 1) -> dict[str, Any]:
         """Wait until it has logged an event so many times; the last of them."""
 
         def found() -> dict[str, Any] | None:

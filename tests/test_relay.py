@@ -550,6 +550,32 @@ def test_a_copy_with_ids_handed_out_again_is_adopted_in_the_order_of_time(road: 
     assert len([r for r in records(road.kafka, topic) if r.key == b"pruned"]) == 1
 
 
+@pytest.mark.parametrize("doorbell", [True, False])
+def test_an_idle_relay_whose_shard_was_taken_stops_without_waiting_for_an_entry(road: Road, doorbell: bool) -> None:
+    """Nothing is written meanwhile: its successor said so, and Kafka confirms it."""
+    road.add_type("thing")
+    if not doorbell:
+        road.sql("UPDATE outbox.settings SET doorbell = false")
+    with road.relay(poll_interval="86400" if doorbell else "0.1") as first:
+        first.wait_event("relay.holds")
+        with road.relay() as second:
+            second.wait_event("relay.holds")
+            assert first.process.wait(30) == 75
+            assert "took over" in first.log.read_text()
+            assert second.stop() == 0
+
+
+def test_a_relay_does_not_stop_for_a_word_that_kafka_does_not_confirm(road: Road) -> None:
+    """Anybody may notify."""
+    topic = road.add_type("thing")
+    with road.relay(poll_interval="86400") as relay:
+        relay.wait_event("relay.holds")
+        road.sql("SELECT pg_notify('outbox', 'taken 0 forged')")
+        road.sql("SELECT outbox.put('thing', 'one', '{}')")
+        eventually(lambda: len(records(road.kafka, topic)) == 1)
+        assert relay.stop() == 0
+
+
 def test_the_relay_prunes_by_itself_and_is_not_held_up_by_a_reader(road: Road) -> None:
     """A slot that is locked is left for later; a server that is away while it prunes ends nothing."""
     road.add_type("thing")

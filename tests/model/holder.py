@@ -236,6 +236,14 @@ class _Source:
     def wait_flushed(self, lsn: str) -> None:
         self._run.ask("wait_flushed", lsn, self.generation)
 
+    @property
+    def announced(self) -> str | None:
+        """Nobody is heard: who relied on it would be wrong."""
+        return None
+
+    def announce(self, token: str) -> None:
+        """Nobody hears it."""
+
     def report(self, request: int, outcome: Mapping[str, Any]) -> None:
         self._run.ask("report", request, self.generation)
 
