@@ -73,6 +73,7 @@ def main() -> int:
                 failed.append(name)
                 progress.console.print(f"[red]FAILED: {name}[/red]")
                 progress.console.print(traceback.format_exc(), markup=False)
+                _show_logs(progress.console, directory)
             progress.advance(all_of_it)
     outcomes = merged(outcomes)
     _print(outcomes, as_json=chosen.json)
@@ -96,6 +97,15 @@ def merged(outcomes: list[Outcome]) -> list[Outcome]:
         for count in ("entries", "records", "lost", "doubled", "stale", "ghosts"):
             setattr(row.judgement, count, getattr(row.judgement, count) + getattr(one.judgement, count))
     return list(rows.values())
+
+
+def _show_logs(console: Console, directory: Path) -> None:
+    """The ends of the logs that were written last: the directory is removed at the end."""
+    logs = sorted(directory.rglob("relay-*.log"), key=lambda log: log.stat().st_mtime)
+    for log in logs[-2:]:
+        console.print(f"the end of {log.relative_to(directory)}:")
+        for line in log.read_text(errors="replace").splitlines()[-20:]:
+            console.print(f"    {line}", markup=False, soft_wrap=True)
 
 
 def _say(progress: Progress, name: str, text: str) -> None:
