@@ -196,20 +196,25 @@ class TransactionalProducer:
         suspects = [place for place, where, _ in self._accused if where not in self._named]
         return Refused(error, culprits, suspects, self._own_culprit)
 
-    def abort(self) -> None:
+    def abort(self, seconds: float = _GRACE) -> None:
         """Abort, if there is something to abort; a producer that cannot is left to its discarding."""
         if not self.in_transaction:
             return
         self.in_transaction = False
         with contextlib.suppress(KafkaException):
             self._producer.purge()
-            self._producer.abort_transaction(_GRACE)
+            self._producer.abort_transaction(seconds)
 
     def discard(self) -> None:
-        """Throw it away in whatever state it is; its successor's `init` ends what it left open."""
+        """Throw it away in whatever state it is; its successor's `init` ends what it left open.
+
+        An open transaction is aborted, or at least begun to be: librdkafka ends the whole process (an assertion,
+        `txn_req_cnt > 0`) when a producer is destroyed in the moment in which it registers partitions for its
+        transaction, and it registers none once the abort has begun.
+        """
+        self.abort(SLICE_SECONDS)
         with contextlib.suppress(KafkaException):
             self._producer.purge()
-        self.in_transaction = False
 
     def close(self) -> None:
         """Abort what is open and throw it away."""
