@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import IsolationLevel, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # exported, but not in its __all__
 
 from devstack.kafka import Kafka
 from outbox.errors import BrokerUnavailableError, ConfigError, TopicError
@@ -311,3 +312,23 @@ def _incompressible(size: int) -> bytes:
     import random
 
     return random.Random(1).randbytes(size)
+
+
+def test_a_producer_that_is_discarded_leaves_no_transaction_open(kafka: Kafka, topic: str, producer: Make) -> None:
+    """Aborted, not dropped: librdkafka may end the process when it is destroyed while it registers partitions."""
+    first = producer(timeout_ms=900_000)
+    first.init()
+    first.begin()
+    first.send_to(topic, 0, b"k", b"v")
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+
+    def end(level: IsolationLevel) -> int:
+        where = TopicPartition(topic, 0)
+        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # so it is in the client
+        found = admin.list_offsets({where: latest}, isolation_level=level)
+        return int(found[where].result().offset)
+
+    eventually(lambda: end(IsolationLevel.READ_UNCOMMITTED) > end(IsolationLevel.READ_COMMITTED), what="it is open")
+    first.discard()
+    eventually(lambda: end(IsolationLevel.READ_UNCOMMITTED) == end(IsolationLevel.READ_COMMITTED), what="it is ended")
+    assert values(kafka, topic) == []

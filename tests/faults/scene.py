@@ -27,6 +27,7 @@ from faults.proxy import Proxy
 from faults.volume import Volume
 from outbox import schema
 from outbox.config import Config
+from outbox.errors import BrokerUnavailableError
 from outbox.kafka.shard_log import read_positions
 from outbox.position import Position
 from relays import OUTBOX, environment, eventually, must
@@ -372,9 +373,13 @@ class Scene:
         target = self.greatest()
 
         def there() -> bool:
+            try:
+                positions = self.positions()
+            except BrokerUnavailableError:
+                return False  # it is on its way back
             return all(
                 one is not None and (one.point.floor >= target or (one.cut is not None and one.cut.last_id >= target))
-                for one in self.positions()
+                for one in positions
             )
 
         eventually(there, seconds=seconds, what=f"publishing up to entry {target}")
