@@ -41,10 +41,10 @@ def open_transactions(directory: Path, times: int, say: Say) -> Iterator[Outcome
 
 def pruned(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
     """Pruning under load with a slow relay, one slot locked while the next is not; then the positions are lost."""
-    with Scene(directory, "pruned", retention="10 seconds") as scene, scene.load(writers=3) as load:
+    with Scene(directory, "pruned", retention="10 seconds") as scene, scene.load(writers=3, pause=0.1) as load:
         # Of the ring's twelve seconds four are kept: some slots are old at any time.
         scene.sql("UPDATE outbox.settings SET retention = '4 seconds'")
-        relay = scene.relay(batch_rows=5)
+        relay = scene.relay(batch_rows=15)
         relay.wait_said("relay.holds")
         emptied = locked = 0
         deadline = time.monotonic() + 60 + 20 * times
@@ -52,7 +52,11 @@ def pruned(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             assert time.monotonic() < deadline, f"{emptied} slots were emptied, {locked} locked"
             with psycopg.connect(scene.url()) as reader:
                 # A reader of the oldest slot: the next ones are pruned before it, out of order.
-                row = reader.execute("SELECT (outbox.slot_of(clock_timestamp()) + 2) % 12").fetchone()
+                row = reader.execute(
+                    "SELECT slot FROM outbox.entries GROUP BY slot ORDER BY max(created_at) LIMIT 1"
+                ).fetchone()
+                # It holds a lock on all of them now; only that of the oldest is to stay.
+                reader.rollback()
                 reader.execute(f"SELECT count(*) FROM outbox.entries_{row[0] if row else 0}".encode())
                 for slot in json.loads(must(scene.env(lock_timeout="0.3"), "prune", "--json"))["slots"]:
                     emptied += bool(slot["pruned"])
