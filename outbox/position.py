@@ -118,6 +118,7 @@ class Position:
     `token` names the holder (one for each start of a relay). `system` is the cluster's system identifier, or None
     where the server hides it. `requests` maps the id of a request of the control table to its progress (a JSON
     object of the kind's own; `{"done": outcome}` when it is finished). `at_ms` is when it was made, the relay's clock.
+    `earlier` is the greatest id that may have been published in an earlier epoch: the point may have no anchor yet.
     """
 
     outbox: str
@@ -131,6 +132,7 @@ class Position:
     totals: Mapping[str, Totals] = field(default_factory=dict)
     requests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     at_ms: int = 0
+    earlier: int = 0
 
     @property
     def reached(self) -> Point:
@@ -179,6 +181,7 @@ class Position:
                 "totals": {name: [t.entries, t.records, t.dead] for name, t in self.totals.items()},
                 "requests": dict(self.requests),
                 "at_ms": self.at_ms,
+                "earlier": str(self.earlier),
             }
         )
 
@@ -206,6 +209,7 @@ class Position:
                 totals={name: Totals(*numbers) for name, numbers in raw["totals"].items()},
                 requests=raw["requests"],
                 at_ms=raw["at_ms"],
+                earlier=int(raw["earlier"]),
             )
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise RelayError(
@@ -232,8 +236,8 @@ def start(
 
 
 def floor_of(positions: Sequence[Position]) -> int:
-    """The greatest anchor of all shards: an adoption's new ids lie above it."""
-    return max((point.floor for p in positions for point in (p.point, p.reached)), default=0)
+    """The greatest id that any shard may have published, in whatever epoch: an adoption's new ids lie above it."""
+    return max((floor for p in positions for floor in (p.point.floor, p.reached.floor, p.earlier)), default=0)
 
 
 def _encode_point(point: Point) -> dict[str, Any]:

@@ -383,7 +383,9 @@ class Shard:
         fresh = positions.start(
             position.outbox, self._number, self._token, head.epoch, head.system, head.timeline, head.removed_id
         )
-        fresh = replace(fresh, totals=position.totals, requests=position.requests)
+        # What this adoption left behind may be lost in its turn, and with it what the sequence knew of it.
+        earlier = positions.floor_of([position])
+        fresh = replace(fresh, totals=position.totals, requests=position.requests, earlier=earlier)
         emit(log, "relay.starts_anew", shard=self._number, epoch=head.epoch)
         try:
             self._commit(kafka, Part((), (), (), fresh, 0))

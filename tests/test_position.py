@@ -78,6 +78,7 @@ all_positions = st.builds(
     cut=st.none() | st.builds(Cut, points, st.integers(0, 2**63 - 1)),
     totals=st.dictionaries(st.text(max_size=3), st.builds(Totals, st.integers(0, 2**40)), max_size=2),
     at_ms=st.integers(0, 2**50),
+    earlier=st.integers(0, 2**63 - 1),
 )
 
 
