@@ -9,15 +9,12 @@ from typing import Any, NamedTuple
 
 from model import holder as holders
 from model.holder import TYPE, TYPES, Holder
-from model.world import Database, Kafka, Record, Row, Transaction, World, Writer
+from model.promises import Wrong, check_records
+from model.world import Database, Kafka, Row, Transaction, World, Writer
 from outbox.batch import Batch, Request
 from outbox.entry import Entry
 from outbox.lineage import Head
-from outbox.position import Position
-
-
-class Wrong(Exception):
-    """A promise is broken."""
+from outbox.position import Position, floor_of
 
 
 class State(NamedTuple):
@@ -90,8 +87,7 @@ class Rules:
             return database
         if any(row.xid in database.running for row in database.rows):
             return None
-        floor = max((point.floor for p in positions for point in (p.point, p.reached)), default=0)
-        return database.adopt(floor, max((p.epoch for p in positions), default=0) + 1)
+        return database.adopt(floor_of(positions), max((p.epoch for p in positions), default=0) + 1)
 
     def flush(self, database: Database, lsn: str) -> Database:
         """Wait until an LSN is on disk."""
@@ -291,13 +287,7 @@ def _commits(state: State, relay: Holder, rules: Rules, to: Callable[..., Next])
     if producer != kafka.producers[shard]:
         yield to(world, "fenced", ", but it is fenced")
         return
-    epoch = Position.decode(position).epoch
-    dead = dict(kafka.dead)
-    for entity, number in letters:
-        dead.pop(entity, None)
-        if number is not None:
-            dead[entity] = number
-    transaction = Transaction(tuple(record._replace(epoch=epoch) for record in sent), position, frozenset(dead.items()))
+    transaction = Transaction.of(sent, letters, position)
     ids = [record.id for record in sent]
     what = f" of {ids or 'a position alone'}"
     *stages, committed = rules.commit(kafka, shard, transaction)
@@ -310,7 +300,7 @@ def _commits(state: State, relay: Holder, rules: Rules, to: Callable[..., Next])
     if world.lost_answers:
         less = replace(world, lost_answers=world.lost_answers - 1)
         yield to(replace(less, kafka=committed), "unknown", f"{what}, done, but the answer is lost")
-        late = replace(kafka, late=(*kafka.late[:shard], transaction, *kafka.late[shard + 1 :]))
+        late = kafka.delay(shard, transaction)
         yield to(replace(less, kafka=late), "unknown", f"{what}, not done yet, and no answer")
     if world.stalls:
         stalled = replace(world, stalls=world.stalls - 1, kafka=kafka.take(shard, "nobody"))
@@ -325,7 +315,7 @@ def _misfortunes(state: State) -> Iterator[Next]:
     database, kafka = world.database, world.kafka
     for shard, late in enumerate(kafka.late):
         if late is not None:
-            landed = replace(kafka.commit(shard, late), late=(*kafka.late[:shard], None, *kafka.late[shard + 1 :]))
+            landed = kafka.land(shard)
             _check_topic(kafka, landed, world, "the late commit arrives")
             yield Next("the late commit arrives", State(replace(world, kafka=landed), relays))
     ended = tuple(
@@ -358,21 +348,10 @@ def _misfortunes(state: State) -> Iterator[Next]:
 
 
 def _check_topic(before: Kafka, after: Kafka, world: World, what: str) -> None:
-    """No duplicate, no older state after a newer: ids grow for each key (0: a retry, as the log orders it)."""
+    """No duplicate, no older state after a newer; one adoption for one lost tail."""
     if after.republishes:
         return
-    newest: dict[str, Record] = {}
-    for number, record in enumerate(after.topic):
-        last = newest.get(record.key)
-        newest[record.key] = record
-        if last is None or number < len(before.topic):
-            continue
-        if record.id == last.id:
-            raise Wrong(what, f"entry {record.id} of {record.key} is published twice")
-        if record.id < last.id:
-            raise Wrong(what, f"entry {record.id} of {record.key} is published after entry {last.id}")
-        if record.epoch == last.epoch and record.value[1] == last.value[1] and record.value[0] < last.value[0]:
-            raise Wrong(what, f"version {record.value[0]} of {record.key} is published after {last.value[0]}")
+    check_records(after.topic, len(before.topic), what)
     if world.database.adoptions > 1:
         raise Wrong(what, "the log was adopted twice for one lost tail")
 

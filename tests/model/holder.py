@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from model.world import SYSTEM, Record
 from outbox.batch import Batch, Entity, Request
@@ -41,6 +41,12 @@ class Interrupted(BaseException):
 
 
 FAULTS: Mapping[str, type[Fault]] = {"fenced": Fenced, "unknown": Unknown, "aborted": Aborted}
+
+
+def fault(word: str) -> Fault:
+    """What Kafka may say to a commit."""
+    error: Any = SimpleNamespace(name=lambda: "MODEL", str=lambda: "as the model has it")
+    return FAULTS[word](error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,13 @@ def _run_first(fields: Fields, batch_rows: int) -> Holder:
     raise AssertionError("a step without a call")
 
 
+class Asked(Protocol):
+    """Whoever answers the calls of a port."""
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """The answer to a call: a value, or what is raised."""
+
+
 class _Run:
     """One run of a step: the ports, which replay the answers and interrupt at the call that has none."""
 
@@ -146,8 +159,7 @@ class _Run:
         if given == "kafka":
             raise BrokerUnavailableError("as the model has it")
         if isinstance(given, str) and given in FAULTS:
-            error: Any = SimpleNamespace(name=lambda: "MODEL", str=lambda: "as the model has it")
-            raise FAULTS[given](error)
+            raise fault(given)
         return given
 
     def shard(self, batch_rows: int) -> Shard:
@@ -156,15 +168,15 @@ class _Run:
         made = Shard(
             Config(shard=fields.number, batch_rows=batch_rows),
             self.source,
-            lambda name, shard, stop: _Log(self, None),
+            lambda name, shard, stop: LogPort(self, None),
             lambda expected_epoch, positions, from_system: self.ask("adopt", expected_epoch, tuple(positions)),
             stop=lambda: False,
-            read_ahead=_AtOnce(),
+            read_ahead=AtOnce(),
             now_ms=lambda: 0,
             token=fields.token,
             grace=0.0,
         )
-        made._kafka = _Log(self, fields.producer) if fields.producer is not None else None
+        made._kafka = LogPort(self, fields.producer) if fields.producer is not None else None
         made._position = fields.position
         made._dead = dict(fields.dead)
         made._inherited = fields.inherited
@@ -182,7 +194,7 @@ class _Run:
         return Fields(
             self._fields.token,
             self._fields.number,
-            log.producer if isinstance(log, _Log) else None,
+            log.producer if isinstance(log, LogPort) else None,
             shard._position,
             tuple(sorted(shard._dead.items())),
             ahead.result() if ahead is not None and ahead.exception() is None else None,
@@ -192,7 +204,7 @@ class _Run:
         )
 
 
-class _AtOnce(Executor):
+class AtOnce(Executor):
     """Reads ahead at once: before the commit that it is meant to overlap."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -251,12 +263,12 @@ class _Source:
         """Nobody looks."""
 
 
-class _Log:
-    """A shard's topics and producer, as `outbox.ports.Log` has it."""
+class LogPort:
+    """A shard's topics and producer, as `outbox.ports.Log` has it; what they answer is asked for."""
 
     limits: Mapping[str, int] = {"topic": 1_000_000}
 
-    def __init__(self, run: _Run, producer: str | None) -> None:
+    def __init__(self, run: Asked, producer: str | None) -> None:
         self._run = run
         self.producer = producer
         self.in_transaction = False

@@ -199,11 +199,22 @@ class Record(NamedTuple):
 
 
 class Transaction(NamedTuple):
-    """What a producer has sent and asked to commit: records, the position after them, all dead letters then."""
+    """What a producer has sent and asked to commit: records, dead letters (None: cleared), the position after them."""
 
     records: tuple[Record, ...]
-    position: bytes | None
-    dead: frozenset[tuple[tuple[str, str], int]]
+    letters: tuple[tuple[tuple[str, str], int | None], ...]
+    position: bytes
+
+    @classmethod
+    def of(
+        cls,
+        sent: tuple[Record, ...],
+        letters: tuple[tuple[tuple[str, str], int | None], ...],
+        position: bytes,
+    ) -> Transaction:
+        """Of what the relay sends: its records are of the position's epoch."""
+        epoch = Position.decode(position).epoch
+        return cls(tuple(record._replace(epoch=epoch) for record in sent), letters, position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,13 +238,26 @@ class Kafka:
     def commit(self, shard: int, transaction: Transaction) -> Kafka:
         """All of it, at once."""
         written = self.write(transaction)
-        if transaction.position is None:
-            return written
         return replace(written, positions=_put(written.positions, shard, transaction.position))
 
     def write(self, transaction: Transaction) -> Kafka:
-        """The records alone."""
-        return replace(self, topic=self.topic + transaction.records, dead=transaction.dead)
+        """The records and the dead letters alone."""
+        dead = dict(self.dead)
+        for entity, number in transaction.letters:
+            dead.pop(entity, None)
+            if number is not None:
+                dead[entity] = number
+        return replace(self, topic=self.topic + transaction.records, dead=frozenset(dead.items()))
+
+    def delay(self, shard: int, transaction: Transaction) -> Kafka:
+        """A commit that nobody hears of, and that may still be done."""
+        return replace(self, late=_put(self.late, shard, transaction))
+
+    def land(self, shard: int) -> Kafka:
+        """It is done."""
+        late = self.late[shard]
+        assert late is not None
+        return replace(self.commit(shard, late), late=_put(self.late, shard, None))
 
 
 @dataclass(frozen=True, slots=True)
