@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from outbox.position import Anchor, Point, Position, Snapshot
+from outbox.position import Anchor, Point, Position, Snapshot, floor_of
 
 
 class Verdict(Enum):
@@ -27,7 +27,8 @@ class Head:
     `anchor_found`: the row of the position's anchor is there, unchanged (true when the position has none).
     `top`: the greatest entry visible, None in an empty table. `insert_lsn`: what must be on disk before anything
     that the snapshot sees is published. `system` is None where the server hides its identifier. `adopted_from` is the
-    cluster whose positions were given up when the log was last adopted by a person, None otherwise.
+    cluster whose positions were given up when the log was last adopted by a person, None otherwise. The ids of this
+    epoch lie above `base_id`.
     """
 
     snapshot: Snapshot
@@ -40,6 +41,7 @@ class Head:
     anchor_found: bool
     top: Anchor | None
     adopted_from: str | None = None
+    base_id: int = 0
 
     @property
     def point(self) -> Point:
@@ -51,7 +53,9 @@ def judge(position: Position, head: Head) -> Verdict:
     """Compare a position with the database as of a batch's snapshot."""
     elsewhere = position.system is not None and head.system is not None and position.system != head.system
     if head.epoch > position.epoch and (not elsewhere or head.adopted_from == position.system):
-        return Verdict.ADOPTED
+        # Whoever adopted knew the positions that were committed then; a batch of the lost tail may have been committed
+        # after them, with ids that would be given a second time.
+        return Verdict.ADOPTED if floor_of([position]) <= head.base_id else Verdict.LOST_TAIL
     if elsewhere:
         # Also when its epoch is newer: an unrelated database may have been adopted for reasons of its own.
         return Verdict.OTHER_CLUSTER

@@ -220,11 +220,13 @@ class Position:
 
     def for_prune(self) -> dict[str, Any]:
         """The shape that the SQL function `prune_slot` takes."""
+        anchor = self.reached.anchor
         return {
             "shard": self.shard,
             "epoch": self.epoch,
             **_prune_point(self.point),
             "cut": self.cut and {**_prune_point(self.cut.to), "last_id": str(self.cut.last_id)},
+            "row": anchor and [str(anchor.id), str(anchor.xid), str(anchor.created_us), str(anchor.shard)],
         }
 
 

@@ -52,7 +52,11 @@ def prune_ring(
     known = orjson.dumps([position.for_prune() for position in positions]).decode()
     schema = quote(config.schema)
     with connect_as(config, "outbox-prune") as connection:
-        with translated(where):
+        wait = psycopg_sql.SQL("SET LOCAL lock_timeout = {}").format(
+            psycopg_sql.Literal(round(config.lock_timeout * 1000))
+        )
+        with translated(where), connection.transaction():
+            connection.execute(wait)
             slot_count, young = _young(connection, schema, now)
         for slot in range(slot_count):
             if slot in young:
@@ -61,11 +65,7 @@ def prune_ring(
             try:
                 with connection.transaction(force_rollback=dry_run):
                     connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-                    connection.execute(
-                        psycopg_sql.SQL("SET LOCAL lock_timeout = {}").format(
-                            psycopg_sql.Literal(round(config.lock_timeout * 1000))
-                        )
-                    )
+                    connection.execute(wait)
                     found = connection.execute(
                         f"SELECT {schema}.prune_slot(%s::smallint, %s::jsonb)".encode(), [slot, known]
                     ).fetchone()

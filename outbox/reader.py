@@ -238,8 +238,8 @@ class Reader:
         return self._sql[name]
 
     def _head(self, row: Sequence[Any]) -> tuple[Head, list[Request]]:
-        (snapshot, lsn, timeline, epoch, removed_id, types_version, adopted_from, found, top_id, top_xid, top_created,
-         top_shard, types, requests) = row  # fmt: skip
+        (snapshot, lsn, timeline, epoch, removed_id, types_version, adopted_from, base_id, found, top_id, top_xid,
+         top_created, top_shard, types, requests) = row  # fmt: skip
         if types is not None:
             self._types = {t[0]: EntityType(*t) for t in types}
             self._types_version = types_version
@@ -254,6 +254,7 @@ class Reader:
             anchor_found=found,
             top=None if top_id is None else Anchor(top_id, int(top_xid), top_created, top_shard),
             adopted_from=adopted_from,
+            base_id=base_id,
         )
         return head, [Request(*r) for r in requests or ()]
 

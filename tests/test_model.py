@@ -183,6 +183,11 @@ def test_a_fail_over_with_two_shards_and_a_kill() -> None:
     right(explore(world("A.", "B.", failovers=1, shards=2), SHARDS, begun=2), least=90)
 
 
+def test_a_batch_of_the_lost_tail_that_is_committed_after_another_shard_adopted() -> None:
+    """Whoever adopted did not know of it; its shard sees that the new ids are not above what it published."""
+    right(explore(world("A.B.", "B.", failovers=1, tail=2, shards=2), SHARDS, begun=2), least=90)
+
+
 def test_a_relay_that_is_killed_while_it_adopts() -> None:
     """Before it, after it, and before it has said so in Kafka."""
     right(explore(world("A.", "A.", failovers=1, kills=1), ONE, begun=1), least=90)
@@ -288,6 +293,11 @@ def test_slots_that_are_pruned_out_of_order_before_the_positions_are_lost() -> N
 def test_slots_that_are_pruned_before_a_fail_over() -> None:
     """An adoption leaves out what pruning went past, too."""
     right(explore(world("A.A.", "B.", prunes=1, failovers=1), ONE, begun=1), least=90)
+
+
+def test_what_bears_the_ids_of_a_lost_tail_is_not_pruned_as_published() -> None:
+    """A database that lost its tail hands its ids and transaction ids out again."""
+    right(explore(world("AB.", "A.", failovers=1, prunes=1), ONE, begun=1), least=90)
 
 
 def test_wrong_a_start_that_forgets_the_greatest_id_removed_brings_an_old_state_back() -> None:

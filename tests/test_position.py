@@ -18,7 +18,9 @@ POSITION = Position("shop", 0, "me", 3, "7000", 1, POINT)
 
 def head(**changes: object) -> Head:
     """A head that continues POSITION, but for what a test changes."""
-    usual = Head(Snapshot(120, 120), "0/1", "7000", 1, 3, 0, 1, anchor_found=True, top=Anchor(60, 119, 2, 0))
+    usual = Head(
+        Snapshot(120, 120), "0/1", "7000", 1, 3, 0, 1, anchor_found=True, top=Anchor(60, 119, 2, 0), base_id=1000
+    )
     return replace(usual, **changes)  # type: ignore[arg-type]  # each test names fields of Head
 
 
@@ -121,6 +123,13 @@ def test_an_older_epoch_in_the_database_is_a_lost_tail() -> None:
 def test_a_newer_epoch_starts_anew() -> None:
     """Somebody adopted: another shard, or a person."""
     assert judge(POSITION, head(epoch=4, anchor_found=False)) is Verdict.ADOPTED
+
+
+def test_an_adoption_that_did_not_know_of_what_this_shard_published_is_not_enough() -> None:
+    """Its new ids must lie above: else they would be given a second time."""
+    floor = floor_of([POSITION])
+    assert judge(POSITION, head(epoch=4, base_id=floor)) is Verdict.ADOPTED
+    assert judge(POSITION, head(epoch=4, base_id=floor - 1)) is Verdict.LOST_TAIL
 
 
 def test_another_cluster_is_refused_until_a_person_gave_this_one_up() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from outbox.config import Config
 from outbox.position import Anchor, Point, Position, Snapshot, start
 from outbox.pruning import Pruned, prune_ring
+from outbox.schema import bell_key
 
 pytestmark = pytest.mark.postgres
 
@@ -18,9 +20,9 @@ DAY = 86_400.0
 
 
 def everything(connection: psycopg.Connection) -> Position:
-    """A position that has published all that there is, and whose anchor pins nothing."""
+    """A position that has published all that there is, without an anchor, which would pin a slot."""
     (xmax,) = connection.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint").fetchone() or (0,)
-    return start("test", 0, "t", 1, None, 1, 0).advanced(Point(Snapshot(xmax, xmax), Anchor(10**6, 3, 0, 0)), None)
+    return start("test", 0, "t", 1, None, 1, 0).advanced(Point(Snapshot(xmax, xmax), None, 10**6), None)
 
 
 def write(connection: psycopg.Connection, *, slot: int, age: str) -> None:
@@ -79,3 +81,36 @@ def test_a_slot_is_old_when_both_clocks_say_so(url: str) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         write(connection, slot=2, age="23 hours")
     assert prune(url, now=lambda: time.time() + 30 * DAY)[2].reason == "retained"
+
+
+def test_a_position_whose_anchor_is_not_there_prunes_nothing(url: str) -> None:
+    """The database lost its tail: what bears the ids and transaction ids of the lost entries only looks published."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        write(connection, slot=1, age="3 days")
+        write(connection, slot=2, age="2 days")
+        rows = connection.execute(
+            "SELECT id, xid::text::bigint, (extract(epoch FROM created_at) * 1000000)::bigint FROM outbox.entries"
+        ).fetchall()
+        number, xid, created_us = max(rows)
+        known = everything(connection)
+
+        def reasons(anchor: Anchor) -> dict[int, str | None]:
+            point = Point(known.point.snapshot, anchor)
+            found = prune_ring(Config(database_url=url), [replace(known, point=point)], dry_run=True)
+            return {one.slot: one.reason for one in found if one.reason != "empty"}
+
+        there = reasons(Anchor(number, xid, created_us, 0))
+        assert there[1] is None
+        assert "holds the anchor" in (there[2] or "")
+        assert set(reasons(Anchor(number, xid + 1, created_us, 0)).values()) == {
+            "the anchor of shard 0 is gone: the log is to be adopted first"
+        }
+
+
+def test_two_that_prune_do_not_wait_for_each_other(url: str) -> None:
+    """The second leaves it to the first."""
+    with psycopg.connect(url, autocommit=True) as connection, connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('prune', %s))", [bell_key("outbox")])
+        with psycopg.connect(url, autocommit=True) as other:
+            write(other, slot=2, age="3 days")
+        assert prune(url)[2].reason == "somebody else is pruning"

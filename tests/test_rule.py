@@ -102,7 +102,9 @@ def test_all_four_forms_agree(url: str, position: Position, rows: Rows) -> None:
         connection.rollback()
         connection.execute("UPDATE outbox.entries SET created_at = now() - interval '30 days'")
         (said,) = connection.execute(
-            "SELECT outbox.prune_slot(0::smallint, %s::jsonb)", [orjson.dumps([position.for_prune()]).decode()]
+            "SELECT outbox.prune_slot(0::smallint, %s::jsonb)",
+            # Without the anchor's row: these logs are made up, and few hold it.
+            [orjson.dumps([{**position.for_prune(), "row": None}]).decode()],
         ).fetchone() or ({},)
         connection.rollback()
         anchors = {point.floor for point in (position.point, position.reached)}

@@ -22,7 +22,7 @@ SELECT (SELECT last_value FROM {schema}.entries_id_seq),
 SELECT pg_current_snapshot()::text,
        pg_current_wal_insert_lsn(),
        ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int,
-       s.epoch, s.removed_id, s.types_version, s.adopted_from,
+       s.epoch, s.removed_id, s.types_version, s.adopted_from, s.base_id,
        %(anchor_id)s::bigint IS NULL OR EXISTS (
            SELECT FROM {schema}.entries e
            WHERE e.shard = %(anchor_shard)s::smallint AND e.id = %(anchor_id)s::bigint

@@ -329,10 +329,11 @@ def _misfortunes(state: State) -> Iterator[Next]:
         yield Next(what, State(after, relays))
     if world.failovers and database.flushed:
         for pooled in (False, True):
-            over = database.crash(lost=1, pooled=pooled)
-            hidden = ", behind a pooler" if pooled else ""
-            after = replace(world, database=over, writers=ended, failovers=world.failovers - 1)
-            yield Next(f"PostgreSQL fails over, the last commit is lost{hidden}", State(after, relays))
+            for missing in range(1, min(world.tail, database.flushed) + 1):
+                over = database.crash(lost=missing, pooled=pooled)
+                hidden = ", behind a pooler" if pooled else ""
+                after = replace(world, database=over, writers=ended, failovers=world.failovers - 1)
+                yield Next(f"PostgreSQL fails over, the last {missing} commits are lost{hidden}", State(after, relays))
     if world.prunes:
         for slot in (0, 1):
             if database.prunable(slot, kafka.positions):

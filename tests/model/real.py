@@ -44,6 +44,7 @@ class Copy(NamedTuple):
     things: Sequence[tuple[Any, ...]]
     epoch: int
     removed_id: int
+    base_id: int
     last_id: int
 
 
@@ -76,7 +77,7 @@ class Place:
         """Nothing is there, as in the beginning."""
         self.admin.execute(
             f"""TRUNCATE outbox.entries, things, outbox.requests, outbox.request_outcomes RESTART IDENTITY;
-                UPDATE outbox.settings SET epoch = 1, removed_id = 0;
+                UPDATE outbox.settings SET epoch = 1, removed_id = 0, base_id = 0;
                 UPDATE outbox.entity_types SET collapse = {collapse}""".encode()
         )
 
@@ -137,10 +138,11 @@ class Place:
             )
             things = self.admin.execute("SELECT key, state FROM things")
             rest = self.admin.execute(
-                "SELECT s.epoch, s.removed_id, CASE WHEN q.is_called THEN q.last_value ELSE q.last_value - 1 END"
+                "SELECT s.epoch, s.removed_id, s.base_id,"
+                " CASE WHEN q.is_called THEN q.last_value ELSE q.last_value - 1 END"
                 " FROM outbox.settings s, outbox.entries_id_seq q"
             )
-        return Copy(entries.fetchall(), things.fetchall(), *(rest.fetchone() or (1, 0, 0)))
+        return Copy(entries.fetchall(), things.fetchall(), *(rest.fetchone() or (1, 0, 0, 0)))
 
     def restore(self, copy: Copy) -> None:
         """Be again as it was. Writers have ended; ids come again, transaction ids do not."""
@@ -152,7 +154,10 @@ class Place:
                 copy.entries,
             )
             cursor.executemany("INSERT INTO things VALUES (%s, %s)", copy.things)
-            cursor.execute("UPDATE outbox.settings SET epoch = %s, removed_id = %s", [copy.epoch, copy.removed_id])
+            cursor.execute(
+                "UPDATE outbox.settings SET epoch = %s, removed_id = %s, base_id = %s",
+                [copy.epoch, copy.removed_id, copy.base_id],
+            )
             cursor.execute("SELECT setval('outbox.entries_id_seq', %s, false)", [copy.last_id + 1])
 
     def prune(self, slot: int, positions: Sequence[Position]) -> bool:
@@ -343,6 +348,14 @@ class PausedReader:
 
     def wait_flushed(self, lsn: str) -> None:
         self._relay.ask_database("wait_flushed", lambda: self._reader.wait_flushed(lsn))
+
+    @property
+    def announced(self) -> str | None:
+        """Nobody is heard: who relied on it would be wrong."""
+        return None
+
+    def announce(self, token: str) -> None:
+        """Nobody hears it."""
 
     def report(self, request: int, outcome: Mapping[str, Any]) -> None:
         self._relay.ask_database("report", lambda: self._reader.report(request, outcome))

@@ -57,6 +57,8 @@ class Database:
     generation: int = 1
     lost_tail: bool = False
     requests: tuple[int, ...] = ()
+    # Ids of this epoch lie above it.
+    base_id: int = 0
     # How often the log was adopted for the tail that was lost last.
     adoptions: int = 0
 
@@ -99,6 +101,7 @@ class Database:
             types_version=1,
             anchor_found=anchor is None or any(anchor == anchor_of(row) for row in visible),
             top=anchor_of(top) if top else None,
+            base_id=self.base_id,
         )
 
     # -- what transactions do ------------------------------------------------------------------------------------
@@ -158,7 +161,9 @@ class Database:
             rows=below + new,
             next_id=base + len(new) + 1,
             epoch=max(self.epoch + 1, least_epoch),
-            adoptions=self.adoptions + 1,
+            base_id=base,
+            # Again is right where the first did not know of all that had been published.
+            adoptions=self.adoptions + (not self.adoptions or floor <= self.base_id),
         )
 
     def prunable(self, slot: int, positions: tuple[bytes | None, ...]) -> bool:
@@ -172,6 +177,8 @@ class Database:
                 return False
             anchors = {point.anchor.id for point in (position.point, position.reached) if point.anchor}
             if any(row.id in anchors for row in rows):
+                return False
+            if position.reached.anchor is not None and position.reached.anchor not in map(anchor_of, self.visible):
                 return False
             if any(row.shard == shard and not position.published(row.id, row.xid) for row in rows):
                 return False
@@ -290,6 +297,8 @@ class World:
     kills: int = 0
     crashes: int = 0
     failovers: int = 0
+    # How many commits a fail-over may lose.
+    tail: int = 1
     lost_answers: int = 0
     stalls: int = 0
     prunes: int = 0

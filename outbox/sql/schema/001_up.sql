@@ -27,6 +27,8 @@ CREATE TABLE {schema}.settings (
     types_version  bigint      NOT NULL DEFAULT 1,
     -- The system identifier of the cluster whose positions a person gave up when the log was last adopted.
     adopted_from   text,
+    -- Ids of this epoch lie above it: a shard that has published a greater one was not heard by who adopted.
+    base_id        bigint      NOT NULL DEFAULT 0,
     created_at     timestamptz NOT NULL DEFAULT now(),
     -- The ring must be longer than what it retains, or the clock comes round to a slot that is still kept.
     CONSTRAINT retention_fits_the_ring
@@ -300,7 +302,8 @@ BEGIN
     UPDATE {schema}.entries e SET xid = pg_current_xact_id() WHERE e.id <= removed;
     PERFORM setval(seq, base + taken + 1, false);
     UPDATE {schema}.settings SET epoch = greatest(now_epoch + 1, least_epoch),
-                                 adopted_from = coalesce(from_system, adopted_from)
+                                 adopted_from = coalesce(from_system, adopted_from),
+                                 base_id = base
         RETURNING epoch INTO now_epoch;
     RETURN now_epoch;
 END
@@ -326,7 +329,8 @@ $body$
 --   slot       which
 --   positions  for each shard the committed position, as a JSON array of
 --              {{"shard", "epoch", "anchor", "xmax", "xip": [..], "cut": null |
---                {{"anchor", "xmax", "xip": [..], "last_id"}}}} - ids and xids as decimal strings
+--                {{"anchor", "xmax", "xip": [..], "last_id"}}, "row": null | [id, xid, created, shard]}} - ids, xids and
+--              microseconds since 1970 as decimal strings; "row" is the anchor's, which must be there
 -- Returns {{"pruned": bool, "entries": rows removed, "reason": text or null}}.
 -- A lock that is not to be had within the session's lock_timeout raises 55P03: the caller goes on with the next.
 CREATE FUNCTION {schema}.prune_slot(slot smallint, positions jsonb)
@@ -365,6 +369,21 @@ BEGIN
     IF newest > clock_timestamp() - conf.retention THEN
         RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', 'retained');
     END IF;
+    -- Two that prune would wait for each other: each looks at all slots and then locks one.
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('prune', {bell})) THEN
+        RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', 'somebody else is pruning');
+    END IF;
+    -- A database that lost its tail hands ids and transaction ids out again: what bears them now only looks published.
+    FOR p IN SELECT jsonb_array_elements(prune_slot.positions) LOOP
+        IF p->>'row' IS NOT NULL AND NOT EXISTS (
+            SELECT FROM {schema}.entries e
+            WHERE e.shard = (p->'row'->>3)::smallint AND e.id = (p->'row'->>0)::bigint
+              AND e.xid = (p->'row'->>1)::xid8
+              AND (extract(epoch FROM e.created_at) * 1000000)::bigint = (p->'row'->>2)::bigint) THEN
+            RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason',
+                                      format('the anchor of shard %s is gone: the log is to be adopted first', p->>'shard'));
+        END IF;
+    END LOOP;
     EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', part);
     SELECT * INTO STRICT conf FROM {schema}.settings;
     EXECUTE format(newest_sql, part) INTO later, last_now USING conf.shards::int, last_id;
