@@ -105,6 +105,8 @@ class Settings:
     def placeholders(self) -> dict[str, str]:
         """What stands for the names in braces in the SQL files."""
         ring = f"{quote(self.schema)}.ring()"
+        n = self.shards
+        shard = f"(((hashtextextended(key, hashtextextended(type, 0)) % {n}) + {n}) % {n})::smallint" if n > 1 else "0"
         return {
             "schema": quote(self.schema),
             "schema_literal": literal(quote(self.schema)),
@@ -116,6 +118,8 @@ class Settings:
             ),
             "bell_default": ring if self.doorbell else "NULL",
             "shards": str(self.shards),
+            "shard": shard,
+            "shard_source": f"GENERATED ALWAYS AS ({shard}) STORED" if n > 1 else "DEFAULT 0",
             "slots": str(self.slots),
             "slot_seconds": str(self.slot_seconds),
             "retention": f"make_interval(secs => {self.retention_seconds})",

@@ -23,6 +23,8 @@ DROP TABLE {schema}.requests
 --;
 DROP TABLE {schema}.entries
 --;
+DROP DOMAIN {schema}.entry_shard, {schema}.entry_type, {schema}.entry_key, {schema}.entry_headers, {schema}.entry_time
+--;
 DROP FUNCTION {schema}.ring()
 --;
 DROP FUNCTION {schema}.slot_of(timestamptz)
