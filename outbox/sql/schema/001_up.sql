@@ -168,7 +168,7 @@ BEGIN ATOMIC
 END
 --;
 -- Refuses what could not be published. SQLSTATE: OB001 unknown entity type, OB002 key, OB003 state too large,
--- OB004 no state, OB005 headers.
+-- OB004 no state, OB005 headers. Whoever writes one entry looks first whether it is needed: the call costs 12 us.
 CREATE FUNCTION {schema}.check_entry(type text, key text, bytes integer, headers jsonb) RETURNS void
     LANGUAGE plpgsql STABLE AS $body$
 DECLARE
@@ -208,13 +208,18 @@ CREATE FUNCTION {schema}.put(type text, key text, state jsonb, cause text DEFAUL
     RETURNS bigint LANGUAGE plpgsql AS $body$
 DECLARE
     bytes bytea := convert_to(state::text, 'UTF8');
+    most  integer;
     entry bigint;
 BEGIN
     IF put.state IS NULL THEN
         RAISE EXCEPTION 'outbox: no state for % "%"', put.type, left(put.key, 100)
             USING ERRCODE = 'OB004', HINT = 'To publish a tombstone call outbox.delete(type, key).';
     END IF;
-    PERFORM {schema}.check_entry(put.type, put.key, octet_length(bytes), put.headers);
+    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = put.type;
+    IF (octet_length(put.key) BETWEEN 1 AND 1024 AND octet_length(bytes) <= most AND put.headers IS NULL)
+       IS NOT TRUE THEN
+        PERFORM {schema}.check_entry(put.type, put.key, octet_length(bytes), put.headers);
+    END IF;
     INSERT INTO {schema}.entries (type, key, state, cause, headers)
     VALUES (put.type, put.key, bytes, put.cause, put.headers) RETURNING id INTO entry;
     RETURN entry;
@@ -225,13 +230,18 @@ CREATE FUNCTION {schema}.put_bytes(type text, key text, state bytea, content_typ
                                    cause text DEFAULT NULL, headers jsonb DEFAULT NULL)
     RETURNS bigint LANGUAGE plpgsql AS $body$
 DECLARE
+    most  integer;
     entry bigint;
 BEGIN
     IF put_bytes.state IS NULL THEN
         RAISE EXCEPTION 'outbox: no state for % "%"', put_bytes.type, left(put_bytes.key, 100)
             USING ERRCODE = 'OB004', HINT = 'To publish a tombstone call outbox.delete(type, key).';
     END IF;
-    PERFORM {schema}.check_entry(put_bytes.type, put_bytes.key, octet_length(put_bytes.state), put_bytes.headers);
+    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = put_bytes.type;
+    IF (octet_length(put_bytes.key) BETWEEN 1 AND 1024 AND octet_length(put_bytes.state) <= most
+        AND put_bytes.headers IS NULL) IS NOT TRUE THEN
+        PERFORM {schema}.check_entry(put_bytes.type, put_bytes.key, octet_length(put_bytes.state), put_bytes.headers);
+    END IF;
     INSERT INTO {schema}.entries (type, key, state, content_type, cause, headers)
     VALUES (put_bytes.type, put_bytes.key, put_bytes.state, put_bytes.content_type, put_bytes.cause,
             put_bytes.headers) RETURNING id INTO entry;
@@ -242,9 +252,14 @@ $body$
 CREATE FUNCTION {schema}.delete(type text, key text, cause text DEFAULT NULL, headers jsonb DEFAULT NULL)
     RETURNS bigint LANGUAGE plpgsql AS $body$
 DECLARE
+    most  integer;
     entry bigint;
 BEGIN
-    PERFORM {schema}.check_entry(delete.type, delete.key, 0, delete.headers);
+    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = delete.type;
+    IF (octet_length(delete.key) BETWEEN 1 AND 1024 AND most IS NOT NULL AND delete.headers IS NULL)
+       IS NOT TRUE THEN
+        PERFORM {schema}.check_entry(delete.type, delete.key, 0, delete.headers);
+    END IF;
     INSERT INTO {schema}.entries (type, key, state, cause, headers)
     VALUES (delete.type, delete.key, NULL, delete.cause, delete.headers) RETURNING id INTO entry;
     RETURN entry;
