@@ -76,6 +76,9 @@ class Status:
 def look(config: Config, connection: Connection) -> Status:
     """Look at the database and, if it answers, at Kafka."""
     schema = quote(config.schema)
+    with translated(place(config.database_url)):
+        # As in reading: the queries are written for their indexes, and statistics may be missing or old.
+        connection.execute("SET enable_seqscan = off")
     queries = {name: text.replace("{schema}", schema) for name, text in sql.load("status").items()}
     with translated(place(config.database_url)):
         head = connection.execute(queries["outbox"].encode()).fetchone()
@@ -165,8 +168,8 @@ def position_arguments(position: Position) -> dict[str, Any]:
         "floor": point.floor,
         "xmax": str(point.snapshot.xmax) if point.snapshot else most,
         "xip": "{" + ",".join(map(str, point.xip)) + "}",
-        "last_id": cut.last_id if cut else None,
-        "to_floor": reached.floor,
+        # Without a cut nothing was done beyond the point: no id is at or below this one.
+        "last_id": cut.last_id if cut else 0,
         "to_xmax": str(reached.snapshot.xmax) if reached.snapshot else most,
         "to_xip": "{" + ",".join(map(str, reached.xip)) + "}",
     }
