@@ -513,34 +513,20 @@ def run(options: Options) -> Result:
                 if "bulk" in options.groups:
                     take(Setting("bulk", clients, durable, "off"), url, bulk_variants())
                 if "alone" in options.groups and clients > 1:
-                    # Whoever notifies waits for others who notify: shuffled, it meets few of them.
-                    alone: dict[str, Times] = {}
-                    for variant in outbox_variants():
-                        if variant.name in {"plain", "writer", "put", "capture", "notify"}:
-                            alone |= pgbench(
-                                url,
-                                [variant],
-                                clients=clients,
-                                seconds=max(1.0, options.seconds / 4),
-                                durable=durable,
-                                rows=options.rows,
-                            )
-                    runs.setdefault(Setting("alone", clients, durable, "off"), []).append(alone)
+                    runs.setdefault(Setting("alone", clients, durable, "off"), []).append(
+                        alone(url, options, clients=clients, durable=durable)
+                    )
             if environment and "outbox" in options.groups:
                 with running_relay(environment, place / "relay.log"):
-                    wait_idle(url)
                     for durable, clients in settings:
+                        wait_idle(url)
                         if "busy" in options.relays:
                             take(Setting("outbox", clients, durable, "busy"), url, outbox_variants())
                         if "asleep" in options.relays:
                             wait_idle(url)
                             # Seldom enough that most transactions find it asleep.
-                            take(
-                                Setting("outbox", clients, durable, "asleep"),
-                                url,
-                                outbox_variants(),
-                                rate=options.rate,
-                            )
+                            setting = Setting("outbox", clients, durable, "asleep")
+                            take(setting, url, outbox_variants(), rate=options.rate)
         about = {
             "postgresql": _version(url),
             "platform": platform.platform(),
@@ -551,6 +537,16 @@ def run(options: Options) -> Result:
         }
     cells = list(summed_up(runs))
     return Result(cells, list(judged(cells)), about)
+
+
+def alone(url: str, options: Options, *, clients: int, durable: bool) -> dict[str, Times]:
+    """Variants one after the other: who notifies waits for others who notify, and shuffled it meets few of them."""
+    found: dict[str, Times] = {}
+    for variant in outbox_variants():
+        if variant.name in {"plain", "writer", "put", "capture", "notify"}:
+            seconds = max(1.0, options.seconds / 4)
+            found |= pgbench(url, [variant], clients=clients, seconds=seconds, durable=durable, rows=options.rows)
+    return found
 
 
 def summed_up(runs: Mapping[Setting, Sequence[Mapping[str, Times]]]) -> Iterator[Cell]:
