@@ -149,7 +149,7 @@ def nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def touched(plan: Mapping[str, Any]) -> float:
     """How many rows of the log were looked at, in all."""
     return sum(
-        node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
+        float(node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)))
         for node in nodes(plan)
         if str(node.get("Relation Name", "")).startswith("entries")
     )
