@@ -63,15 +63,19 @@ class Log:
         return begun.advanced(reader.look(begun)[0].point, None)
 
 
-@pytest.fixture(scope="module", params=[(10, False), (10, True), (100_000, False), (100_000, True)], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[(10, 5, False), (10, 5, True), (100_000, 100, False), (100_000, 100, True), (100_000, 1, False)],
+    ids=str,
+)
 def filled(request: pytest.FixtureRequest, postgres: object) -> Iterator[str]:
     """The name of a database whose outbox retains entries in all slots, with statistics or without any."""
     from devstack.postgres import Postgres
     from outbox import schema
 
     assert isinstance(postgres, Postgres)
-    rows, analyzed = request.param
-    name = f"plans_{rows}_{analyzed}".lower()
+    rows, transactions, analyzed = request.param
+    name = f"plans_{rows}_{transactions}_{analyzed}".lower()
     with psycopg.connect(postgres.url(), autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name}".encode())
     with psycopg.connect(postgres.url(name), autocommit=True) as connection:
@@ -81,14 +85,15 @@ def filled(request: pytest.FixtureRequest, postgres: object) -> Iterator[str]:
         for slot in range(12):
             # Statistics are what this test says that they are.
             connection.execute(f"ALTER TABLE outbox.entries_{slot} SET (autovacuum_enabled = off)".encode())
-        # As if by a hundred transactions, through eleven of the ring's slots; the one that is being filled is next.
+        # As if by so many transactions, through eleven of the ring's slots, before the one that is being filled; what
+        # one large transaction wrote lies in one.
         connection.execute(
             "INSERT INTO outbox.entries (xid, slot, type, key, state, created_at)"
-            " SELECT (3 + n * 100 / %(rows)s)::text::xid8,"
-            "        (outbox.slot_of(clock_timestamp()) + 1 + (n - 1) * 11 / %(rows)s) %% 12,"
+            " SELECT (3 + n * (%(transactions)s - 1) / %(rows)s)::text::xid8,"
+            "        (outbox.slot_of(clock_timestamp()) + 1 + (n - 1) * %(slots)s / %(rows)s) %% 12,"
             "        'thing', 'k' || n, convert_to(repeat('x', 100), 'UTF8'), now() - interval '1 hour'"
             " FROM generate_series(1, %(rows)s) n",
-            {"rows": rows},
+            {"rows": rows, "transactions": transactions, "slots": 11 if transactions > 1 else 1},
         )
         if analyzed:
             connection.execute("ANALYZE")

@@ -23,10 +23,12 @@ SELECT pg_current_snapshot()::text,
        pg_current_wal_insert_lsn(),
        ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int,
        s.epoch, s.removed_id, s.types_version, s.adopted_from, s.base_id,
+       -- OFFSET 0: looked up by its id, then compared. Where statistics are missing the planner takes the index on
+       -- transactions for as good, and would walk all that one large transaction wrote.
        %(anchor_id)s::bigint IS NULL OR EXISTS (
-           SELECT FROM {schema}.entries e
-           WHERE e.shard = %(anchor_shard)s::smallint AND e.id = %(anchor_id)s::bigint
-             AND e.xid = %(anchor_xid)s::text::xid8
+           SELECT FROM (SELECT e.xid, e.created_at FROM {schema}.entries e
+                        WHERE e.shard = %(anchor_shard)s::smallint AND e.id = %(anchor_id)s::bigint OFFSET 0) e
+           WHERE e.xid = %(anchor_xid)s::text::xid8
              AND (extract(epoch FROM e.created_at) * 1000000)::bigint = %(anchor_created)s::bigint),
        top.id, top.xid::text, top.created_us, top.shard,
        CASE WHEN s.types_version <> %(types_version)s::bigint THEN
