@@ -23,11 +23,11 @@ SELECT pg_current_snapshot()::text,
        pg_current_wal_insert_lsn(),
        ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int,
        s.epoch, s.removed_id, s.types_version, s.adopted_from, s.base_id,
-       -- OFFSET 0: looked up by its id, then compared. Where statistics are missing the planner takes the index on
-       -- transactions for as good, and would walk all that one large transaction wrote.
+       -- Looked up by its id, then compared: see `entries` on OFFSET 0 and the order.
        %(anchor_id)s::bigint IS NULL OR EXISTS (
            SELECT FROM (SELECT e.xid, e.created_at FROM {schema}.entries e
-                        WHERE e.shard = %(anchor_shard)s::smallint AND e.id = %(anchor_id)s::bigint OFFSET 0) e
+                        WHERE e.shard = %(anchor_shard)s::smallint
+                          AND e.id >= %(anchor_id)s::bigint AND e.id <= %(anchor_id)s::bigint ORDER BY e.id OFFSET 0) e
            WHERE e.xid = %(anchor_xid)s::text::xid8
              AND (extract(epoch FROM e.created_at) * 1000000)::bigint = %(anchor_created)s::bigint),
        top.id, top.xid::text, top.created_us, top.shard,
@@ -50,7 +50,9 @@ LEFT JOIN LATERAL (
 --     WHERE shard = S AND visible in S2 AND (id > floor OR xid >= xmax(S1) OR xid = ANY (xip(S1)))
 -- but with OR the planner may walk a whole index. So: ranges that each have an index, which share no row.
 -- `fresh`: above the anchor. `late`: at or below it, by transactions that S1 did not see.
--- `id + 0` keeps the late ranges off the index on ids, which would serve their order by walking the whole log.
+-- `id + 0` keeps the late ranges off the index on ids, which would serve their order by walking the whole log. The
+-- order by xid, which nobody needs, keeps them on the index on transactions: for a slot that is empty, or without
+-- statistics, the planner takes one index for as good as the other, and its plan stays while the slot fills.
 -- In a cut the rows must also be visible in the snapshot at its end, and lie between what is done and the end's anchor.
 -- `through` is a running sum that ends the batch at its limit in bytes; the first row always comes.
 SELECT id, type, key, state, created_ms, content_type, cause, headers
@@ -70,21 +72,23 @@ FROM (
                 e.content_type, e.cause, e.headers::text,
                 256 + length(e.key) + coalesce(octet_length(e.state), 0) + coalesce(length(e.cause), 0)
                 + coalesce(length(e.headers::text), 0)
-         FROM {schema}.entries e
-         WHERE e.shard = %(shard)s::smallint AND e.xid >= %(xmax1)s::text::xid8
-           AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
-           AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
-         ORDER BY e.id + 0 LIMIT {batch_rows})
+         FROM (SELECT * FROM {schema}.entries e
+               WHERE e.shard = %(shard)s::smallint AND e.xid >= %(xmax1)s::text::xid8
+                 AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
+                 AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
+               ORDER BY e.xid OFFSET 0) e
+         ORDER BY e.id LIMIT {batch_rows})
         UNION ALL
         (SELECT e.id, e.type, e.key, e.state, floor(extract(epoch FROM e.created_at) * 1000)::bigint,
                 e.content_type, e.cause, e.headers::text,
                 256 + length(e.key) + coalesce(octet_length(e.state), 0) + coalesce(length(e.cause), 0)
                 + coalesce(length(e.headers::text), 0)
-         FROM {schema}.entries e
-         WHERE e.shard = %(shard)s::smallint AND e.xid = ANY (%(xip1)s::text::xid8[])
-           AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
-           AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
-         ORDER BY e.id + 0 LIMIT {batch_rows})
+         FROM (SELECT * FROM {schema}.entries e
+               WHERE e.shard = %(shard)s::smallint AND e.xid = ANY (%(xip1)s::text::xid8[])
+                 AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
+                 AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
+               ORDER BY e.xid OFFSET 0) e
+         ORDER BY e.id LIMIT {batch_rows})
         ORDER BY id LIMIT {batch_rows}
     ) b
 ) c
