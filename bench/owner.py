@@ -495,7 +495,8 @@ def run(options: Options) -> Result:
                 at,
                 variants,
                 clients=setting.clients,
-                seconds=options.seconds,
+                # At a rate there are few transactions: more time for them.
+                seconds=options.seconds * (1 if rate is None else 3),
                 durable=setting.durable,
                 rows=options.rows,
                 rate=rate,
