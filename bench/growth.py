@@ -53,7 +53,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """One drain: entries a second, and what the server counted meanwhile.
+    """One drain: entries a second, what the server counted meanwhile, and the relay's own times.
+
+    `reading` and `committing`: seconds of reading, and of producing and committing; they overlap, since the next batch
+    is read while one is committed.
 
     `looked_at` are rows of the log that were fetched by an index for each entry published, `walked` rows that were
     read without one, in all.
@@ -62,6 +65,8 @@ class Drain:
     rate: float
     looked_at: float
     walked: int
+    reading: float
+    committing: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +97,21 @@ class Result:
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        yield f"{'':9} {'rate over fresh':>24} {'entries/s':>10} {'rows/entry':>10} {'walked':>7} {'dead':>5} "
+        yield (
+            f"{'':9} {'rate over fresh':>24} {'entries/s':>10} {'rows/entry':>10} {'walked':>7} {'read s':>7} "
+            f"{'commit s':>8}"
+        )
         for scene in self.scenes:
-            rate = statistics.median(drain.rate for drain in scene.drains)
+            rate, reading, committing = (
+                statistics.median(getattr(drain, name) for drain in scene.drains)
+                for name in ("rate", "reading", "committing")
+            )
             looked_at = max(drain.looked_at for drain in scene.drains)
             walked = max(drain.walked for drain in scene.drains)
             yield (
-                f"{scene.name:9} {scene.ratio!s:>24} {rate:10.0f} {looked_at:10.2f} {walked:7} "
-                f"{sum(scene.dead.values()):5}  {scene.rows:,} rows, {scene.size / 1e9:.2f} GB; outbox status "
-                f"{scene.status_seconds:.2f} s"
+                f"{scene.name:9} {scene.ratio!s:>24} {rate:10.0f} {looked_at:10.2f} {walked:7} {reading:7.2f} "
+                f"{committing:8.2f}  {scene.rows:,} rows, {scene.size / 1e9:.2f} GB, {sum(scene.dead.values())} dead; "
+                f"outbox status {scene.status_seconds:.2f} s"
             )
         yield ""
         for what, met in self.met.items():
@@ -128,6 +139,11 @@ class Past:
             )
         command(self.environment, "topics", "apply", "--yes")
 
+    def begin(self) -> None:
+        """Publish a little, so that there is a position: the start of a log is read by a simpler query."""
+        self.write(10)
+        command(self.environment, "relay", "--until-caught-up")
+
     # -- what happened before ------------------------------------------------------------------------------------
 
     def retain(self, count: int) -> None:
@@ -153,8 +169,6 @@ class Past:
             # A start without a position leaves out what pruning went past: a shorter way than to publish it.
             connection.execute("UPDATE outbox.settings SET removed_id = (SELECT max(id) FROM outbox.entries)")
             connection.execute("VACUUM ANALYZE")
-        self.write(10)
-        command(self.environment, "relay", "--until-caught-up")
 
     def go_round(self, laps: int) -> None:
         """Fill and prune each slot of the ring so many times, by the function that the relay calls."""
@@ -175,8 +189,6 @@ class Past:
                     ).fetchone()
                     if not pruned or not pruned[0]["pruned"]:
                         raise RuntimeError(f"slot {slot} was not pruned: {pruned}")
-        self.write(10)
-        command(self.environment, "relay", "--until-caught-up")
 
     # -- a drain -------------------------------------------------------------------------------------------------
 
@@ -211,7 +223,13 @@ class Past:
             raise RuntimeError(f"{entries} entries were published, {count} were written")
         after = self.counted()
         seconds = (at(published[-1]) - held[-1]).total_seconds()
-        return Drain(entries / seconds, (after[0] - before[0]) / count, after[1] - before[1])
+        return Drain(
+            entries / seconds,
+            (after[0] - before[0]) / count,
+            after[1] - before[1],
+            sum(event["read_seconds"] for event in published),
+            sum(event["commit_seconds"] for event in published),
+        )
 
     def counted(self) -> tuple[int, int]:
         """Rows of the log that indexes led to, and rows that were read without one."""
@@ -289,6 +307,8 @@ def run(options: Options) -> Result:
             pasts["retained"].retain(options.retained)
         if "ring" in pasts:
             pasts["ring"].go_round(options.laps)
+        for past in pasts.values():
+            past.begin()
         if "open" in pasts:
             # It has an entry, and a snapshot that keeps every row that dies from being cleaned up.
             connection = cleanup.enter_context(psycopg.connect(pasts["open"].url))
@@ -301,6 +321,7 @@ def run(options: Options) -> Result:
             if fresh is not None:
                 fresh.drop()
             fresh = Past(server, kafka, "fresh")
+            fresh.begin()
             # In turn another order: who comes after whom must not tell.
             turn = ["fresh", *pasts]
             for name in turn if number % 2 == 0 else reversed(turn):

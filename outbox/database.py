@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import psycopg
 from psycopg import errors as pg
@@ -63,18 +63,33 @@ def place(url: str) -> str:
     return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
 
 
-def connect_as(config: Config, application_name: str, *, statement_timeout: float | None = None) -> Connection:
+class Patient(Protocol):
+    """Watches calls that may go unanswered; see `outbox.patience.Patience`."""
+
+    def call(self, connection: Connection) -> AbstractContextManager[None]:
+        """Watch what happens inside."""
+
+
+def connect_as(
+    config: Config, application_name: str, *, statement_timeout: float | None = None, patience: Patient | None = None
+) -> Connection:
     """Connect as the settings say; `statement_timeout` in seconds goes over theirs (0: none)."""
     return connect(
         config.database_url,
         application_name=application_name,
         connect_timeout=config.connect_timeout,
         statement_timeout=config.statement_timeout if statement_timeout is None else statement_timeout,
+        patience=patience,
     )
 
 
 def connect(
-    url: str, *, application_name: str = "outbox", connect_timeout: int = 10, statement_timeout: float = 60
+    url: str,
+    *,
+    application_name: str = "outbox",
+    connect_timeout: int = 10,
+    statement_timeout: float = 60,
+    patience: Patient | None = None,
 ) -> Connection:
     """Open a connection in autocommit mode; times in seconds.
 
@@ -93,7 +108,11 @@ def connect(
             **_KEEPALIVE,
         )
         # A client-side setting would be an option of the URL; this one holds for any role and any server.
-        connection.execute(sql.SQL("SET statement_timeout = {}").format(sql.Literal(round(statement_timeout * 1000))))
+        # A server may answer until here and then no more.
+        with patience.call(connection) if patience is not None else nullcontext():
+            connection.execute(
+                sql.SQL("SET statement_timeout = {}").format(sql.Literal(round(statement_timeout * 1000)))
+            )
     return connection
 
 

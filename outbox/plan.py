@@ -38,6 +38,11 @@ class Part:
     position: Position
     end: int
 
+    @classmethod
+    def alone(cls, position: Position) -> Part:
+        """A position, without any record."""
+        return cls((), (), (), position, 0)
+
 
 class Plan:
     """One batch made ready, and how much of it is done.

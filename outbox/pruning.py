@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -14,6 +15,7 @@ from psycopg import sql as psycopg_sql
 from outbox import sql
 from outbox.config import Config
 from outbox.database import Connection, connect_as, place, translate, translated
+from outbox.patience import Patience
 from outbox.position import Position
 from outbox.schema import quote
 
@@ -40,42 +42,53 @@ class Slot:
 
 
 def prune_ring(
-    config: Config, positions: Sequence[Position], *, dry_run: bool = False, now: Callable[[], float] = time.time
+    config: Config,
+    positions: Sequence[Position],
+    *,
+    dry_run: bool = False,
+    now: Callable[[], float] = time.time,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Pruned]:
     """Prune every slot that can be; one transaction each, so that no lock is held for long.
 
     `positions` must be committed ones, read before; a shard without one pins everything. The decision is made under
     the slot's lock, which is waited for no longer than `lock_timeout`. A slot is old when it is by the database's clock
-    and by `now` (seconds since 1970, this machine's): one of them may have jumped.
+    and by `now` (seconds since 1970, this machine's): one of them may have jumped. `stop` ends waiting for the server.
     """
     where = place(config.database_url)
     known = orjson.dumps([position.for_prune() for position in positions]).decode()
     schema = quote(config.schema)
-    with connect_as(config, "outbox-prune") as connection:
+    patience = Patience(config.statement_timeout + config.lock_timeout + 5, stop=stop)
+    with closing(patience), connect_as(config, "outbox-prune", patience=patience) as connection:
         wait = psycopg_sql.SQL("SET LOCAL lock_timeout = {}").format(
             psycopg_sql.Literal(round(config.lock_timeout * 1000))
         )
-        with translated(where), connection.transaction():
-            connection.execute(wait)
-            slot_count, young = _young(connection, schema, now)
-        for slot in range(slot_count):
-            if slot in young:
-                yield Pruned(slot, pruned=False, entries=0, reason=young[slot])
-                continue
+
+        def prune(slot: int) -> Pruned:
             try:
-                with connection.transaction(force_rollback=dry_run):
+                with patience.call(connection), connection.transaction(force_rollback=dry_run):
                     connection.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
                     connection.execute(wait)
-                    found = connection.execute(
+                    row = connection.execute(
                         f"SELECT {schema}.prune_slot(%s::smallint, %s::jsonb)".encode(), [slot, known]
                     ).fetchone()
             except pg.LockNotAvailable:
-                yield Pruned(slot, pruned=False, entries=0, reason="locked by an open transaction")
-                continue
+                return Pruned(slot, pruned=False, entries=0, reason="locked by an open transaction")
             except pg.Error as error:
                 raise translate(error, where) from error
-            result = found[0] if found else {}
-            yield Pruned(slot, bool(result["pruned"]), int(result["entries"]), result["reason"])
+            said = row[0] if row else {}
+            return Pruned(slot, bool(said["pruned"]), int(said["entries"]), said["reason"])
+
+        with translated(where), patience.call(connection), connection.transaction():
+            connection.execute(wait)
+            slot_count, young = _young(connection, schema, now)
+        found = {
+            slot: Pruned(slot, pruned=False, entries=0, reason=young[slot]) if slot in young else prune(slot)
+            for slot in range(slot_count)
+        }
+        # Most transactions that were open a moment ago have ended by now.
+        found |= {slot: prune(slot) for slot, one in found.items() if (one.reason or "").startswith("sealed")}
+    yield from found.values()
 
 
 def _young(connection: Connection, schema: str, now: Callable[[], float]) -> tuple[int, dict[int, str]]:

@@ -73,9 +73,9 @@ class Reader:
     def open(self) -> Identity:
         """Connect and check that this server can be published from."""
         self.close()
-        connection = connect_as(self._config, self._application_name("connecting"))
+        connection = connect_as(self._config, self._application_name("connecting"), patience=self._patience)
         try:
-            with translated(self._where):
+            with translated(self._where), self._patience.call(connection):
                 identity = self._identify(connection)
                 # The relay's queries are written for their indexes; a plan made while the table was small must not
                 # stay when it has grown. Planning anew for each batch costs more than reading a few entries.

@@ -186,6 +186,6 @@ class Relay:
         if time.monotonic() < self._next_prune or not self._shard.holds:
             return
         self._next_prune = time.monotonic() + self._config.prune_interval
-        for pruned in prune_ring(self._config, self._shard.committed_positions()):
+        for pruned in prune_ring(self._config, self._shard.committed_positions(), stop=self._stopping):
             if pruned.pruned:
                 emit(log, "relay.pruned", shard=self._config.shard, slot=pruned.slot, entries=pruned.entries)

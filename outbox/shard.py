@@ -33,7 +33,7 @@ from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
 from outbox.lineage import Head, Verdict, judge
 from outbox.plan import Part, Plan
 from outbox.ports import Adopt, Identity, Log, OpenLog, Source
-from outbox.position import Position
+from outbox.position import Point, Position
 from outbox.telemetry import emit
 
 log = logging.getLogger("outbox.relay")
@@ -156,6 +156,12 @@ class Shard:
         if verdict is not Verdict.CONTINUES:
             self._drop_ahead()
             return self._mend(kafka, verdict, batch)
+        removed = batch.head.removed_id
+        if batch.position.point.snapshot is None and removed > batch.position.point.removed_id:
+            # Pruned since this log was begun from its start: what of it is retained may be older than what is gone.
+            self._drop_ahead()
+            self._position = replace(batch.position, point=Point(None, None, removed))
+            return Step(Did.NOTHING, more=True)
         self._say_timeline(batch)
         self._report(batch)
         self._follow_types(kafka, batch)
@@ -376,8 +382,7 @@ class Shard:
                 raise LostTailError(what, cure="Look at the fail-over or the restore, then: outbox adopt.")
             emit(log, "relay.lost_tail", shard=self._number, error=what)
             known = [*self.committed_positions(), position]
-            epoch = self._adopt(expected_epoch=head.epoch, positions=known, from_system=None)
-            emit(log, "relay.adopted", shard=self._number, epoch=epoch)
+            self._adopt(expected_epoch=head.epoch, positions=known, from_system=None)
             return Step(Did.ADOPTED, more=True)
         # A newer epoch: everything retained is new, under new ids. Said in Kafka at once, also when there is nothing.
         fresh = positions.start(
@@ -388,7 +393,7 @@ class Shard:
         fresh = replace(fresh, totals=position.totals, requests=position.requests, earlier=earlier)
         emit(log, "relay.starts_anew", shard=self._number, epoch=head.epoch)
         try:
-            self._commit(kafka, Part((), (), (), fresh, 0))
+            self._commit(kafka, Part.alone(fresh), head.insert_lsn)
         except (Fenced, Unknown, Aborted) as fault:
             self._lost(kafka, fault)
         else:
@@ -449,15 +454,17 @@ class Shard:
             self._position = following
             return Step(Did.NOTHING, more=True, caught_up=self._past_cut(batch), read_seconds=batch.seconds)
         anchor, top, identity = position.point.anchor, head.top, self._source.identity
+        # A shard without an anchor pins the ring from its start: it takes the first that there is.
         aged = (
-            anchor is not None
-            and top is not None
-            and top.id > anchor.id
+            top is not None
             and identity is not None
-            and (top.created_us - anchor.created_us) / 1e6 > identity.retention / 2
+            and (
+                anchor is None
+                or (top.id > anchor.id and (top.created_us - anchor.created_us) / 1e6 > identity.retention / 2)
+            )
         )
         if aged or position.timeline != head.timeline or len(following.requests) != len(position.requests):
-            self._commit(kafka, Part((), (), (), following, 0))
+            self._commit(kafka, Part.alone(following), head.insert_lsn)
             self._position = following
         return Step(Did.NOTHING, caught_up=True, read_seconds=batch.seconds)
 
@@ -478,7 +485,7 @@ class Shard:
             part = plan.part(self._part_size)
             refused: Refused | None = None
             try:
-                self._commit(kafka, part, batch)
+                self._commit(kafka, part, batch.head.insert_lsn, last_id=batch.last_id)
             except Refused as fault:
                 refused = fault.with_traceback(None)
             if refused is not None:
@@ -523,8 +530,12 @@ class Shard:
         )
         return step
 
-    def _commit(self, kafka: Log, part: Part, batch: Batch | None = None) -> None:
-        """One Kafka transaction: a part of a batch (None: no entries) and the position after it."""
+    def _commit(self, kafka: Log, part: Part, lsn: str, *, last_id: int | None = None) -> None:
+        """One Kafka transaction: a part of a batch and the position after it.
+
+        Up to `lsn` all must be on the server's disk: also a position alone has an anchor, which a crash would lose.
+        `last_id` is where the batch was cut.
+        """
         if part.letters:
             self._check_dead({*self._dead, *((letter.type, letter.key) for letter in part.letters)})
         kafka.begin(watched=self._watched)
@@ -534,11 +545,11 @@ class Shard:
         for entity in part.cleared:
             kafka.clear_dead_letter(*entity)
         kafka.send_position(replace(part.position, at_ms=self._now_ms()).encode())
-        if batch is not None:
-            self._source.wait_flushed(batch.head.insert_lsn)
-            if part.position.cut is not None and part.position.cut.last_id == batch.last_id and not self._stop():
-                # The batch's last part: while it is committed, the next batch of the same cut is read.
-                self._ahead = self._thread.submit(self._read, part.position)
+        self._source.wait_flushed(lsn)
+        cut = part.position.cut
+        if last_id is not None and cut is not None and cut.last_id == last_id and not self._stop():
+            # The batch's last part: while it is committed, the next batch of the same cut is read.
+            self._ahead = self._thread.submit(self._read, part.position)
         try:
             kafka.commit()
         except Refused as fault:

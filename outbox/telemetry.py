@@ -77,7 +77,11 @@ EVENTS: Mapping[str, Event] = {
         "tables.",
         "A fail-over or a restore lost entries that were published.",
     ),
-    "relay.adopted": Event(logging.WARNING, "the log was adopted: epoch {epoch}", "Counts one adoption."),
+    "relay.adopted": Event(
+        logging.WARNING,
+        "the log was adopted: epoch {epoch}, {entries} entries are published again",
+        "Counts one adoption; said by whoever did it, a relay or `outbox adopt`.",
+    ),
     "relay.starts_anew": Event(
         logging.WARNING,
         "shard {shard} starts anew from the adopted log of epoch {epoch}",

@@ -33,23 +33,23 @@ def stream(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
 def test_without_a_terminal_an_event_is_one_json_object(stream: Callable[[], str]) -> None:
     """Its name and its fields are there to be filtered by."""
     logs.configure(Config())
-    emit(log, "relay.adopted", shard=2, epoch=7)
+    emit(log, "relay.adopted", epoch=7, entries=2)
     line = json.loads(stream())
-    assert (line["event"], line["shard"], line["epoch"], line["level"]) == ("relay.adopted", 2, 7, "warning")
-    assert line["message"] == "the log was adopted: epoch 7"
+    assert (line["event"], line["entries"], line["epoch"], line["level"]) == ("relay.adopted", 2, 7, "warning")
+    assert line["message"] == "the log was adopted: epoch 7, 2 entries are published again"
 
 
 def test_log_format_human_writes_sentences(stream: Callable[[], str]) -> None:
     """The setting turns the form, whatever the output is."""
     logs.configure(Config(log_format="human"))
-    emit(log, "relay.adopted", shard=0, epoch=7)
-    assert stream().rstrip().endswith("WARNING the log was adopted: epoch 7")
+    emit(log, "relay.adopted", epoch=7, entries=2)
+    assert stream().rstrip().endswith("WARNING the log was adopted: epoch 7, 2 entries are published again")
 
 
 def test_log_level_decides_what_is_said(stream: Callable[[], str]) -> None:
     """`error` leaves warnings out."""
     logs.configure(Config(log_level="error"))
-    emit(log, "relay.adopted", shard=0, epoch=7)
+    emit(log, "relay.adopted", epoch=7, entries=2)
     assert stream() == ""
 
 

@@ -328,16 +328,19 @@ def _misfortunes(state: State) -> Iterator[Next]:
         _check_durable(after, what)
         yield Next(what, State(after, relays))
     if world.failovers and database.flushed:
-        for pooled in (False, True):
+        for pooled in world.pooled:
             for missing in range(1, min(world.tail, database.flushed) + 1):
                 over = database.crash(lost=missing, pooled=pooled)
                 hidden = ", behind a pooler" if pooled else ""
                 after = replace(world, database=over, writers=ended, failovers=world.failovers - 1)
                 yield Next(f"PostgreSQL fails over, the last {missing} commits are lost{hidden}", State(after, relays))
-    if world.prunes:
+    if world.prunes and world.pruner is None and any(kafka.positions):
+        after = replace(world, pruner=kafka.positions)
+        yield Next("the positions are read, to prune", State(after, relays))
+    if world.prunes and world.pruner is not None:
         for slot in (0, 1):
-            if database.prunable(slot, kafka.positions):
-                after = replace(world, database=database.prune(slot), prunes=world.prunes - 1)
+            if database.prunable(slot, world.pruner):
+                after = replace(world, database=database.prune(slot), prunes=world.prunes - 1, pruner=None)
                 yield Next(f"slot {slot} is pruned, up to entry {after.database.removed_id}", State(after, relays))
     if world.lost_positions and any(kafka.positions):
         lost = replace(kafka, positions=(None,) * len(kafka.positions), republishes=True)

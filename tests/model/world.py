@@ -169,18 +169,21 @@ class Database:
     def prunable(self, slot: int, positions: tuple[bytes | None, ...]) -> bool:
         """Whether a slot of the ring may be emptied: the rule of the SQL function `prune_slot`, but for its age."""
         rows = [row for row in self.rows if row.slot == slot]
-        if not rows or any(row.xid in self.running for row in rows):
+        last = max((row.id for row in rows), default=0)
+        older = [row for row in self.rows if row.id <= last]
+        # Of those too that are in other slots: a start, or an adoption, leaves out all up to the greatest removed.
+        if not rows or any(row.xid in self.running for row in older):
             return False
         for shard, value in enumerate(positions):
             position = Position.decode(value) if value is not None else None
             if position is None or position.epoch != self.epoch:
                 return False
             anchors = {point.anchor.id for point in (position.point, position.reached) if point.anchor}
-            if any(row.id in anchors for row in rows):
+            if any(row.id in anchors for row in rows) or last >= position.point.floor:
                 return False
             if position.reached.anchor is not None and position.reached.anchor not in map(anchor_of, self.visible):
                 return False
-            if any(row.shard == shard and not position.published(row.id, row.xid) for row in rows):
+            if any(row.shard == shard and not position.published(row.id, row.xid) for row in older):
                 return False
         return True
 
@@ -299,9 +302,13 @@ class World:
     failovers: int = 0
     # How many commits a fail-over may lose.
     tail: int = 1
+    # Whether a connection shows a fail-over, or a pooler hides it.
+    pooled: tuple[bool, ...] = (False, True)
     lost_answers: int = 0
     stalls: int = 0
     prunes: int = 0
+    # What whoever prunes has read: positions may have moved on, or be lost, when it empties a slot.
+    pruner: tuple[bytes | None, ...] | None = None
     lost_positions: int = 0
     shards: int = 1
 

@@ -1,7 +1,7 @@
 -- Removes everything that version 1 made. The schema itself goes with outbox/schema.py, if it is empty then.
 DROP FUNCTION {schema}.prune_slot(smallint, jsonb)
 --;
-DROP FUNCTION {schema}.uncovered(regclass, smallint, bigint, bigint, xid8, xid8[])
+DROP FUNCTION {schema}.unpublished(regclass, jsonb, bigint)
 --;
 DROP FUNCTION {schema}.adopt(bigint, bigint, bigint, text)
 --;
@@ -16,6 +16,8 @@ DROP FUNCTION {schema}.put(text, text, jsonb, text, jsonb)
 DROP FUNCTION {schema}.check_entry(text, text, integer, jsonb)
 --;
 DROP FUNCTION {schema}.report(bigint, smallint, jsonb)
+--;
+DROP TABLE {schema}.sealed
 --;
 DROP TABLE {schema}.request_outcomes
 --;

@@ -158,6 +158,14 @@ CREATE TABLE {schema}.request_outcomes (
     PRIMARY KEY (request, shard)
 )
 --;
+-- Slots that pruning has looked at and could not empty at once: the greatest id in it then, and below which
+-- transaction id all must have ended first.
+CREATE TABLE {schema}.sealed (
+    slot    smallint PRIMARY KEY,
+    last_id bigint   NOT NULL,
+    horizon xid8     NOT NULL
+)
+--;
 -- The relay says what became of a request. Once a shard: saying it again changes nothing.
 CREATE FUNCTION {schema}.report(request bigint, shard smallint, outcome jsonb) RETURNS void
     LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -286,17 +294,16 @@ $body$
 --   floor           the greatest anchor of all shards: new ids are above it
 --   least_epoch     the new epoch is at least this (a restored database may be behind the positions)
 --   from_system     the cluster whose positions are given up, when a person decided so; null: the same cluster
--- Returns the epoch in force. READ COMMITTED only: the entries must be read after the lock was taken.
+-- Returns the epoch in force, and how many entries were made new (null: somebody had adopted already). READ COMMITTED
+-- only: the entries must be read after the lock was taken.
 CREATE FUNCTION {schema}.adopt(expected_epoch bigint, floor bigint, least_epoch bigint DEFAULT 0,
-                               from_system text DEFAULT NULL)
-    RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+                               from_system text DEFAULT NULL, OUT now_epoch bigint, OUT taken bigint)
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
-    now_epoch bigint;
     removed   bigint;
     handed    bigint;
     greatest_id bigint;
     base      bigint;
-    taken     bigint;
     by_time   boolean;
     seq       text := pg_get_serial_sequence({schema_literal} || '.entries', 'id');
 BEGIN
@@ -308,8 +315,10 @@ BEGIN
     LOCK TABLE {schema}.entries IN SHARE ROW EXCLUSIVE MODE;
     SELECT s.epoch, s.removed_id INTO now_epoch, removed FROM {schema}.settings s FOR UPDATE;
     IF now_epoch <> expected_epoch THEN
-        RETURN now_epoch;
+        RETURN;
     END IF;
+    -- Of another cluster, perhaps: its transactions say nothing here.
+    DELETE FROM {schema}.sealed;
     EXECUTE format('SELECT last_value FROM %s', seq) INTO handed;
     -- A copy whose sequence fell behind has given newer entries smaller ids, or the same again: there the time tells
     -- which came first. One writer of an entity waits for the other, so that their times are in the order of commits.
@@ -332,27 +341,42 @@ BEGIN
                                  adopted_from = coalesce(from_system, adopted_from),
                                  base_id = base
         RETURNING epoch INTO now_epoch;
-    RETURN now_epoch;
 END
 $body$
 --;
--- Whether a shard has entries in one slot that a point does not cover: the rule of reading, a probe of an index each.
-CREATE FUNCTION {schema}.uncovered(part regclass, shard smallint, above bigint, anchor bigint, xmax xid8, xip xid8[])
+-- Whether a shard has entries, in one slot or in all (`part`), up to an id, that a committed position has not published:
+-- the rule of reading, a probe of an index each. `p` is an element of what prune_slot takes.
+CREATE FUNCTION {schema}.unpublished(part regclass, p jsonb, upto bigint)
     RETURNS boolean LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
-    found boolean;
+    in_cut  boolean := p->'cut'->>'last_id' IS NOT NULL;
+    -- Without a snapshot, at the start of a log, what pruning went past stays left out.
+    begun   boolean := (p->>'xmax')::numeric < 9223372036854775807;
+    found   boolean;
 BEGIN
+    -- New since the point and not yet done by the cut, or not visible at the cut's end.
     EXECUTE format($q$
-        SELECT EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id > greatest($2, $3))
-            OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.xid >= $4 AND e.id > $2)
-            OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.xid = ANY ($5) AND e.id > $2)
-    $q$, part) INTO found USING shard, above, anchor, xmax, xip;
+        SELECT EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.id > greatest($3, $4))
+            OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.xid >= $5 AND e.id > $3)
+            OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.xid = ANY ($6) AND e.id > $3)
+    $q$, part) INTO found USING (p->>'shard')::smallint, upto,
+        CASE WHEN in_cut THEN (p->'cut'->>'last_id')::bigint ELSE 0 END, (p->>'anchor')::bigint, (p->>'xmax')::xid8,
+        ARRAY(SELECT x::xid8 FROM jsonb_array_elements_text(p->'xip') x);
+    IF in_cut AND NOT found THEN
+        EXECUTE format($q$
+            SELECT EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.id > greatest($3, $4))
+                OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.xid >= $5 AND e.id > $3)
+                OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.xid = ANY ($6) AND e.id > $3)
+        $q$, part) INTO found USING (p->>'shard')::smallint, upto,
+            CASE WHEN begun THEN 0 ELSE (p->>'anchor')::bigint END, (p->'cut'->>'anchor')::bigint,
+            (p->'cut'->>'xmax')::xid8, ARRAY(SELECT x::xid8 FROM jsonb_array_elements_text(p->'cut'->'xip') x);
+    END IF;
     RETURN found;
 END
 $body$
 --;
--- Empties one slot of the ring, if nothing needs it any more. Decided under the slot's lock, and quickly: what would
--- take long (counting, the newest time) is looked at before, and under the lock only what came since.
+-- Empties one slot of the ring, if nothing needs it any more. What takes long is looked at before the slot's lock is
+-- taken; under it, which holds writers up, only what may have come since.
 --   slot       which
 --   positions  for each shard the committed position, as a JSON array of
 --              {{"shard", "epoch", "anchor", "xmax", "xip": [..], "cut": null |
@@ -360,18 +384,24 @@ $body$
 --              microseconds since 1970 as decimal strings; "row" is the anchor's, which must be there
 -- Returns {{"pruned": bool, "entries": rows removed, "reason": text or null}}.
 -- A lock that is not to be had within the session's lock_timeout raises 55P03: the caller goes on with the next.
+--
+-- Whoever starts without a position, or adopts, leaves out every id up to the greatest that was removed. So all of them,
+-- in whatever slot, must have been published, and no open transaction may hold one: a slot is *sealed* with the
+-- transactions that are open when it is first found old, and emptied when those have ended.
 CREATE FUNCTION {schema}.prune_slot(slot smallint, positions jsonb)
     RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
     part     regclass;
+    whole    regclass := ({schema_literal} || '.entries')::regclass;
     conf     {schema}.settings%ROWTYPE;
+    seal     {schema}.sealed%ROWTYPE;
     newest   timestamptz;
     later    timestamptz;
     last_id  bigint;
     last_now bigint;
     rows_in  bigint;
     p        jsonb;
-    pinned   boolean;
+    kept     text;
     newest_sql text := 'SELECT max(e.created_at), max(e.id) FROM generate_series(0, $1 - 1) AS n (shard), LATERAL '
         '(SELECT e.id, e.created_at FROM %s e WHERE e.shard = n.shard AND e.id > $2 ORDER BY e.id DESC LIMIT 1) e';
 BEGIN
@@ -400,51 +430,53 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtextextended('prune', {bell})) THEN
         RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', 'somebody else is pruning');
     END IF;
-    -- A database that lost its tail hands ids and transaction ids out again: what bears them now only looks published.
+    FOR s IN 0 .. conf.shards - 1 LOOP
+        SELECT x INTO p FROM jsonb_array_elements(prune_slot.positions) x WHERE (x->>'shard')::int = s;
+        kept := CASE
+            WHEN p IS NULL OR (p->>'epoch')::bigint IS DISTINCT FROM conf.epoch
+                THEN format('shard %s has not published it (no position)', s)
+            -- A database that lost its tail hands ids and transaction ids out again: what bears them only looks published.
+            WHEN p->>'row' IS NOT NULL AND NOT EXISTS (
+                    SELECT FROM {schema}.entries e
+                    WHERE e.shard = (p->'row'->>3)::smallint AND e.id = (p->'row'->>0)::bigint
+                      AND e.xid = (p->'row'->>1)::xid8
+                      AND (extract(epoch FROM e.created_at) * 1000000)::bigint = (p->'row'->>2)::bigint)
+                THEN format('the anchor of shard %s is gone: the log is to be adopted first', s)
+            -- An anchor is the greatest entry of the whole table, of any shard; the next one may be about to be committed.
+            WHEN last_id >= (p->>'anchor')::bigint
+                THEN format('holds the anchor of shard %s, or may hold its next', s)
+        END;
+        IF kept IS NOT NULL THEN
+            RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', kept);
+        END IF;
+    END LOOP;
+    SELECT * INTO seal FROM {schema}.sealed x WHERE x.slot = prune_slot.slot;
+    IF seal.last_id IS DISTINCT FROM last_id THEN
+        INSERT INTO {schema}.sealed AS x VALUES (prune_slot.slot, last_id, pg_snapshot_xmax(pg_current_snapshot()))
+            ON CONFLICT ON CONSTRAINT sealed_pkey DO UPDATE SET last_id = excluded.last_id, horizon = excluded.horizon
+            RETURNING * INTO seal;
+    END IF;
+    IF pg_snapshot_xmin(pg_current_snapshot()) < seal.horizon THEN
+        RETURN jsonb_build_object('pruned', false, 'entries', 0,
+                                  'reason', 'sealed: a transaction is open that may hold older entries');
+    END IF;
     FOR p IN SELECT jsonb_array_elements(prune_slot.positions) LOOP
-        IF p->>'row' IS NOT NULL AND NOT EXISTS (
-            SELECT FROM {schema}.entries e
-            WHERE e.shard = (p->'row'->>3)::smallint AND e.id = (p->'row'->>0)::bigint
-              AND e.xid = (p->'row'->>1)::xid8
-              AND (extract(epoch FROM e.created_at) * 1000000)::bigint = (p->'row'->>2)::bigint) THEN
-            RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason',
-                                      format('the anchor of shard %s is gone: the log is to be adopted first', p->>'shard'));
+        IF {schema}.unpublished(whole, p, last_id) THEN
+            RETURN jsonb_build_object('pruned', false, 'entries', 0,
+                                      'reason', format('shard %s has not published it, or an older entry', p->>'shard'));
         END IF;
     END LOOP;
     EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', part);
-    SELECT * INTO STRICT conf FROM {schema}.settings;
     EXECUTE format(newest_sql, part) INTO later, last_now USING conf.shards::int, last_id;
     IF later IS NOT NULL THEN
         RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', 'written to meanwhile');
     END IF;
-    FOR s IN 0 .. conf.shards - 1 LOOP
-        SELECT x INTO p FROM jsonb_array_elements(prune_slot.positions) x WHERE (x->>'shard')::int = s;
-        IF p IS NULL OR (p->>'epoch')::bigint IS DISTINCT FROM conf.epoch THEN
-            RETURN jsonb_build_object('pruned', false, 'entries', 0,
-                                      'reason', format('shard %s has not published it (no position)', s));
-        END IF;
-        -- The anchor is the greatest entry of the whole table: of any shard.
-        EXECUTE format('SELECT EXISTS (SELECT FROM generate_series(0, $1 - 1) AS n (shard), LATERAL '
-                       '(SELECT FROM %s e WHERE e.shard = n.shard AND e.id = ANY ($2) LIMIT 1) e)', part)
-            INTO pinned USING conf.shards::int, ARRAY[(p->>'anchor')::bigint, (p->'cut'->>'anchor')::bigint];
-        IF pinned THEN
-            RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', format('holds the anchor of shard %s', s));
-        END IF;
-        -- Unpublished: new since the point and not yet done by the cut, or not visible at the cut's end.
-        IF {schema}.uncovered(part, s::smallint, coalesce((p->'cut'->>'last_id')::bigint, 0), (p->>'anchor')::bigint,
-                              (p->>'xmax')::xid8, ARRAY(SELECT x::xid8 FROM jsonb_array_elements_text(p->'xip') x))
-           OR (p->'cut'->>'last_id' IS NOT NULL
-               AND {schema}.uncovered(part, s::smallint,
-                                      -- In a cut from the start of a log, what pruning went past stays left out.
-                                      CASE WHEN (p->>'xmax')::numeric = 9223372036854775807
-                                           THEN (p->>'anchor')::bigint ELSE 0 END,
-                                      (p->'cut'->>'anchor')::bigint, (p->'cut'->>'xmax')::xid8,
-                                      ARRAY(SELECT x::xid8 FROM jsonb_array_elements_text(p->'cut'->'xip') x))) THEN
-            RETURN jsonb_build_object('pruned', false, 'entries', 0,
-                                      'reason', format('shard %s has not published it', s));
-        END IF;
-    END LOOP;
+    PERFORM FROM {schema}.settings x WHERE x.epoch = conf.epoch FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', 'adopted meanwhile');
+    END IF;
     UPDATE {schema}.settings SET removed_id = greatest(removed_id, last_id);
+    DELETE FROM {schema}.sealed x WHERE x.slot = prune_slot.slot;
     EXECUTE format('TRUNCATE %s', part);
     RETURN jsonb_build_object('pruned', true, 'entries', rows_in, 'reason', NULL);
 END
