@@ -414,7 +414,7 @@ WHERE c.relkind IN ('r', 'p')
   AND EXISTS (SELECT FROM pg_class e JOIN pg_attribute a ON a.attrelid = e.oid AND a.attname = 'xid'
               WHERE e.relnamespace = n.oid AND e.relname = 'entries' AND a.atttypid = 'xid8'::regtype)
   AND (c.relname ~ '^entries(_[0-9]+)?$' OR c.relname IN ('settings', 'entity_types', 'captures', 'requests',
-                                                          'request_outcomes', 'alembic_version'))
+                                                          'request_outcomes', 'sealed', 'alembic_version'))
 """
 
 

@@ -109,7 +109,7 @@ def test_all_four_forms_agree(url: str, position: Position, rows: Rows) -> None:
         connection.rollback()
         if not rows:
             assert said["reason"] == "empty"
-        elif max(rows) >= position.point.floor:
+        elif max(rows) >= position.reached.floor:
             assert "anchor" in said["reason"]
         else:
             assert said["pruned"] == (not unpublished), (said, unpublished)

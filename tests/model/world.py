@@ -179,7 +179,7 @@ class Database:
             if position is None or position.epoch != self.epoch:
                 return False
             anchors = {point.anchor.id for point in (position.point, position.reached) if point.anchor}
-            if any(row.id in anchors for row in rows) or last >= position.point.floor:
+            if any(row.id in anchors for row in rows) or last >= position.reached.floor:
                 return False
             if position.reached.anchor is not None and position.reached.anchor not in map(anchor_of, self.visible):
                 return False

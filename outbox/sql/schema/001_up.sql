@@ -443,7 +443,7 @@ BEGIN
                       AND (extract(epoch FROM e.created_at) * 1000000)::bigint = (p->'row'->>2)::bigint)
                 THEN format('the anchor of shard %s is gone: the log is to be adopted first', s)
             -- An anchor is the greatest entry of the whole table, of any shard; the next one may be about to be committed.
-            WHEN last_id >= (p->>'anchor')::bigint
+            WHEN last_id >= coalesce((p->'cut'->>'anchor')::bigint, (p->>'anchor')::bigint)
                 THEN format('holds the anchor of shard %s, or may hold its next', s)
         END;
         IF kept IS NOT NULL THEN
