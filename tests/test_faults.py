@@ -57,6 +57,34 @@ def test_nothing_is_lost_doubled_or_stale(run: Run, times: int, tmp_path: Path) 
         assert outcome.judgement.entries > 20, outcome
 
 
+def test_a_relay_that_publishes_what_is_not_on_the_disk_yet_is_judged_wrong(tmp_path: Path) -> None:
+    """The rule is left out: what an immediate stop takes back is published, as entries that nobody committed."""
+    tmp_path.chmod(0o755)
+    (outcome,) = postgres.crash(tmp_path, 1, quiet, lack="hasty")
+    assert outcome.judgement.ghosts, outcome.judgement
+
+
+def test_pruning_that_takes_everything_for_published_is_judged_wrong(tmp_path: Path) -> None:
+    """The question whether a slot is published is answered with yes: entries are removed that nobody published."""
+    tmp_path.chmod(0o755)
+    outcome = next(entries.pruned(tmp_path, 1, quiet, spoil=_believe_all_published))
+    assert outcome.judgement.lost, outcome.judgement
+
+
+def _believe_all_published(scene: Scene) -> None:
+    with psycopg.connect(scene.url()) as connection:
+        found = connection.execute(
+            "SELECT oid::regprocedure::text, pg_get_function_arguments(oid) FROM pg_proc"
+            " WHERE proname = 'uncovered' AND pronamespace = 'outbox'::regnamespace"
+        ).fetchall()
+        assert found, "pruning asks something else now; this test has to follow"
+        for name, arguments in found:
+            head = f"{name.partition('(')[0]}({arguments})"
+            connection.execute(
+                f"CREATE OR REPLACE FUNCTION {head} RETURNS boolean LANGUAGE sql AS 'SELECT false'".encode()
+            )
+
+
 @pytest.mark.parametrize("deaf", [False, True], ids=["looks again", "does not"])
 def test_a_writer_that_comes_just_before_the_bell_is_held_is_silent_and_seen_by_the_second_look(
     deaf: bool, tmp_path: Path
@@ -64,7 +92,7 @@ def test_a_writer_that_comes_just_before_the_bell_is_held_is_silent_and_seen_by_
     """Forced there: the relay freezes between a read that found nothing and the bell. Without the look it is missed."""
     tmp_path.chmod(0o755)
     with Scene(tmp_path, "bell", poll_interval=86_400) as scene:
-        relay = scene.victim(BEFORE_THE_BELL, 1, "STOP", deaf=deaf)
+        relay = scene.victim(BEFORE_THE_BELL, 1, "STOP", lack="deaf" if deaf else None)
         relay.wait_frozen()
         scene.put("silent")
         relay.send(signal.SIGCONT)

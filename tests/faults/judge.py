@@ -1,10 +1,11 @@
-"""The checker: reads the topics and the tables, and says what is lost, doubled or stale."""
+"""The checker: reads the topics, the tables and the ledger, and says what is lost, doubled, stale or made up."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import orjson
 import psycopg
@@ -17,12 +18,13 @@ MOST = 10
 
 @dataclass
 class Judgement:
-    """What a `read_committed` reader of the topics finds wrong, compared with the tables.
+    """What a `read_committed` reader of the topics finds wrong, compared with the tables and the ledger.
 
-    `entries` are in the log, `records` in the topics. `lost`: entries that no record covers, and entities whose last
+    `entries` were written, `records` are in the topics. `lost`: entries that no record covers, and entities whose last
     record is not what the table holds. `doubled`: records whose entry was published before. `stale`: records that are
-    older than the one before them. `ghosts`: records of entries that the database does not hold (after a fail-over that
-    is so, and right). `examples` are the first of them, in words.
+    older than the one before them, or in another partition than their key's. `ghosts`: records of entries that the
+    service did not commit, or that say something else than their entry. `examples` are the first of them, in words;
+    `unjudged` names the counts that were not looked at.
     """
 
     entries: int = 0
@@ -32,15 +34,48 @@ class Judgement:
     stale: int = 0
     ghosts: int = 0
     examples: list[str] = field(default_factory=list)
+    unjudged: frozenset[str] = frozenset()
 
     @property
     def right(self) -> bool:
         """Whether nothing is wrong."""
         return not (self.lost or self.doubled or self.stale or self.ghosts)
 
-    def _say(self, what: str) -> None:
+    def count(self, name: str) -> str:
+        """A count for the table."""
+        return "not judged" if name in self.unjudged else str(getattr(self, name))
+
+    def find(self, name: str, what: str) -> None:
+        """Count something that is wrong."""
+        if name in self.unjudged:
+            return
+        setattr(self, name, getattr(self, name) + 1)
         if len(self.examples) < MOST:
-            self.examples.append(what)
+            self.examples.append(f"{name}: {what}")
+
+
+class Entry(NamedTuple):
+    """What an entry says: `version` of the entity, None for a tombstone."""
+
+    type: str
+    key: str
+    version: int | None
+
+
+@dataclass
+class Truth:
+    """What the service wrote, as its own tables and ledger have it.
+
+    `entries` by the id under which they are, or were, to be published: that of the ledger, and after an adoption the
+    new id for what it retained. Ids up to `base` were the lost timeline's as well: records of those may be of entries
+    that nobody remembers. `excused` went with a topic that was deleted. `table` has version, whether it is alive, and
+    the writers' timeline of each entity.
+    """
+
+    entries: dict[int, Entry]
+    table: dict[tuple[str, str], tuple[int, bool, int]]
+    base: int = 0
+    excused: frozenset[int] = frozenset()
 
 
 def judge(
@@ -55,102 +90,119 @@ def judge(
 ) -> Judgement:
     """Judge all topics (by entity type). Nothing may write meanwhile, and everything must be published.
 
-    `timeline` is the writers' present one. After a fail-over (`adopted`) the retained log is published again under new
-    ids: for each entity the versions may go back once, and ids still grow. Entities that were not changed since and of
-    which nothing is retained may have a last record that the database lost. After the positions were lost
-    (`republished`) only the ends must be right. What pruning has removed is not looked for, nor what a topic held that
-    was deleted (`gone`: by entity type, the position that was committed when it was).
+    What was written is what the service's ledger says: the log itself is pruned, and renumbered. `timeline` is the
+    writers' present one. After a fail-over (`adopted`) the retained log is published again under new ids: once, between
+    the ids of the lost timeline and those above the adoption's base, an entity's version may go back. Entities that
+    were not changed since and of which nothing is retained may have a last record that the database lost. After the
+    positions were lost (`republished`) the order is not judged, nor what comes twice. What a topic held that was
+    deleted is not looked for (`gone`: by entity type, the position that was committed when it was).
     """
-    found = Judgement()
-    removed = 0
+    found = Judgement(unjudged=frozenset({"doubled", "stale"} if republished else ()))
+    truth = _truth(found, url, adopted=adopted, gone=gone)
+    for type_name, topic in topics.items():
+        ids = {n: e.key for n, e in truth.entries.items() if e.type == type_name and n not in truth.excused}
+        last = _read(found, list(read_topic(bootstrap, {}, topic)), topic, truth, type_name)
+        _cover(found, type_name, ids, last, each=type_name == "every")
+        wanted = {key for number, key in ids.items() if number > truth.base}
+        for (of, key), (version, alive, changed_on) in truth.table.items():
+            if of != type_name or (of in gone and key not in wanted):
+                continue
+            record = last[key][-1] if last.get(key) else None
+            value = _version(record) if record is not None else None
+            if record is not None and value == (version if alive else None):
+                continue
+            if (
+                adopted and changed_on < timeline and key not in wanted
+                and record is not None and (value is None or value >= version)
+            ):  # fmt: skip
+                continue
+            found.find("lost", f"{topic} {key}: the table has version {version if alive else 'deleted'}, not {value}")
+    return found
+
+
+def _truth(found: Judgement, url: str, *, adopted: bool, gone: Mapping[str, Position]) -> Truth:
     with psycopg.connect(url) as connection:
         table = {
             (row[0], row[1]): row[2:]
             for row in connection.execute("SELECT type, key, version, alive, changed_on FROM thing WHERE version > 0")
         }
-        ids: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        (removed,) = connection.execute("SELECT removed_id FROM outbox.settings").fetchone() or (0,)
-        unpublished: dict[str, set[str]] = defaultdict(set)
-        for entry_id, xid, type_name, key in connection.execute(
-            "SELECT id, xid::text::bigint, type, key FROM outbox.entries ORDER BY id"
-        ):
-            found.entries += 1
-            if type_name not in gone or not gone[type_name].published(entry_id, xid):
-                ids[type_name].append((entry_id, key))
-                unpublished[type_name].add(key)
-    for type_name, topic in topics.items():
-        last = _read(found, list(read_topic(bootstrap, {}, topic)), topic, adoptions=1 if adopted else 0)
-        if not adopted:
-            there = {number for number, _ in ids[type_name]}
-            for ghost in (
-                r for records in last.values() for r in records if _entry_id(r) not in there and _entry_id(r) > removed
-            ):
-                found.ghosts += 1
-                found._say(f"{topic}: entry {_entry_id(ghost)} is published, the database does not hold it")
-        _cover(found, type_name, ids[type_name], last, each=type_name == "every")
-        for (of, key), (version, alive, changed_on) in table.items():
-            again = key in unpublished[type_name]
-            if of != type_name or (adopted and changed_on < timeline and not again) or (of in gone and not again):
-                continue
-            record = last[key][-1] if last.get(key) else None
-            value = orjson.loads(record.value)["version"] if record is not None and record.value is not None else None
-            if record is None or value != (version if alive else None):
-                found.lost += 1
-                found._say(f"{topic} {key}: the table has version {version if alive else 'deleted'}, the topic {value}")
-    if republished:
-        found.doubled = found.stale = 0
-        if found.right:
-            found.examples.clear()
-    return found
+        removed, base = connection.execute("SELECT removed_id, base_id FROM outbox.settings").fetchone() or (0, 0)
+        ledger = {
+            row[0]: (Entry(*row[1:4]), row[4])
+            for row in connection.execute("SELECT id, type, key, version, xid::text::bigint FROM ledger")
+        }
+        retained = {
+            row[0]: Entry(*row[1:])
+            for row in connection.execute(
+                "SELECT id, type, key, (convert_from(state, 'UTF8')::jsonb->>'version')::bigint FROM outbox.entries"
+            )
+        }
+    found.entries = len(ledger)
+    if not adopted:
+        # Without an adoption there is no base, and an adoption that nobody expected is seen: its ids are no entry's.
+        excused = (n for n, (e, xid) in ledger.items() if e.type in gone and gone[e.type].published(n, xid))
+        return Truth({n: entry for n, (entry, _) in ledger.items()}, table, excused=frozenset(excused))
+    # What pruning went past keeps its id, and was published before; all else has to be there under a new one.
+    left_out = {number: entry for number, (entry, _) in ledger.items() if number <= removed}
+    anew = {number: entry for number, entry in retained.items() if number > base and number not in ledger}
+    before = Counter(entry for number, (entry, _) in ledger.items() if removed < number <= base)
+    for entry in before - Counter(anew.values()):
+        found.find("lost", f"{entry}: the adoption lost it")
+    for entry in Counter(anew.values()) - before:
+        found.find("ghosts", f"{entry}: the adoption made it up")
+    since = {number: entry for number, (entry, _) in ledger.items() if number > base}
+    return Truth({**left_out, **anew, **since}, table, base)
 
 
 def _entry_id(record: Record) -> int:
     return int(dict(record.headers)["outbox-id"])
 
 
-def _read(found: Judgement, records: list[Record], topic: str, *, adoptions: int) -> dict[str, list[Record]]:
+def _version(record: Record) -> int | None:
+    return None if record.value is None else int(orjson.loads(record.value)["version"])
+
+
+def _read(found: Judgement, records: list[Record], topic: str, truth: Truth, type_name: str) -> dict[str, list[Record]]:
     by_key: dict[str, list[Record]] = defaultdict(list)
-    again: dict[str, int] = defaultdict(lambda: adoptions)
+    # By key, the greatest version so far, and whether it is of the lost timeline.
+    reached: dict[str, tuple[bool, int]] = {}
     seen: set[int] = set()
     for record in records:
         found.records += 1
         key = (record.key or b"").decode()
-        number = _entry_id(record)
+        number, version = _entry_id(record), _version(record)
         if number in seen:
-            found.doubled += 1
-            found._say(f"{topic} {key}: entry {number} is published twice")
+            found.find("doubled", f"{topic} {key}: entry {number} is published twice")
         elif by_key[key] and number < _entry_id(by_key[key][-1]):
-            found.stale += 1
-            found._say(f"{topic} {key}: entry {number} follows {_entry_id(by_key[key][-1])}")
-        elif (before := _last_state(by_key[key])) is not None and record.value is not None:
-            now = orjson.loads(record.value)
-            if now["version"] >= before["version"] or now["on"] > before["on"]:
-                pass
-            elif again[key]:
-                again[key] -= 1
-            else:
-                found.stale += 1
-                found._say(f"{topic} {key}: version {now['version']} follows {before['version']}")
+            found.find("stale", f"{topic} {key}: entry {number} follows {_entry_id(by_key[key][-1])}")
+        if by_key[key] and record.partition != by_key[key][-1].partition:
+            found.find("stale", f"{topic} {key}: entry {number} is in another partition than the one before")
         seen.add(number)
         by_key[key].append(record)
+        if number > truth.base:
+            _compare(found, topic, Entry(type_name, key, version), number, truth)
+        if version is not None:
+            lost_timeline = number <= truth.base
+            if key in reached and reached[key][0] == lost_timeline and version < reached[key][1]:
+                found.find("stale", f"{topic} {key}: version {version} follows {reached[key][1]}")
+            reached[key] = lost_timeline, version
     return by_key
 
 
-def _last_state(records: list[Record]) -> dict[str, int] | None:
-    for record in reversed(records):
-        if record.value is not None:
-            state: dict[str, int] = orjson.loads(record.value)
-            return state
-    return None
+def _compare(found: Judgement, topic: str, said: Entry, number: int, truth: Truth) -> None:
+    entry = truth.entries.get(number)
+    if entry is None:
+        found.find("ghosts", f"{topic} {said.key}: entry {number} is published, the service did not commit it")
+    elif entry != said:
+        found.find("ghosts", f"{topic}: entry {number} is published as {said}, and is {entry}")
 
 
 def _cover(
-    found: Judgement, type_name: str, ids: list[tuple[int, str]], last: dict[str, list[Record]], *, each: bool
+    found: Judgement, type_name: str, ids: Mapping[int, str], last: dict[str, list[Record]], *, each: bool
 ) -> None:
     """An entry is covered by its own record or, where the type collapses, by a later one of its key."""
     greatest = {key: _entry_id(records[-1]) for key, records in last.items() if records}
     published = {_entry_id(record) for records in last.values() for record in records} if each else set()
-    for entry_id, key in ids:
+    for entry_id, key in ids.items():
         if entry_id > greatest.get(key, 0) or (each and entry_id not in published):
-            found.lost += 1
-            found._say(f"{type_name} {key}: entry {entry_id} was not published")
+            found.find("lost", f"{type_name} {key}: entry {entry_id} was not published")

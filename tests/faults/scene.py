@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -24,6 +25,8 @@ from faults.cluster import Cluster
 from faults.judge import Judgement, judge
 from faults.load import TYPES, Load, make_domain
 from faults.proxy import Proxy
+from faults.transactions import has_open_transaction, offsets
+from faults.victim import Lack
 from faults.volume import Volume
 from outbox import schema
 from outbox.config import Config
@@ -101,8 +104,9 @@ class Scene:
     """PostgreSQL and Kafka of its own, both behind proxies as far as the relay is concerned; an outbox; its types.
 
     Writers reach PostgreSQL directly: what is cut is the relay's line. `relay()` and `victim()` start relays;
-    `settle()` drains and judges. `relay_role`: the relay logs in as this role, with a password. `small_disk`: the
-    server that lies on `volume`, a file system that can be filled. `environment` is that of PostgreSQL's process.
+    `settle()` drains and judges. `relay_role`: the relay logs in as this role, with a password. `retention` makes the
+    ring, `kept` shortens what is retained without it. `small_disk`: the server that lies on `volume`, a file system
+    that can be filled. `environment` is that of PostgreSQL's process.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Scene:
         brokers: int = 1,
         relay_role: str | None = None,
         retention: str = "1 day",
+        kept: str | None = None,
         small_disk: Literal["postgres", "kafka"] | None = None,
         environment: Mapping[str, str] = {},
         **settings: object,
@@ -135,6 +140,7 @@ class Scene:
         self._brokers = brokers
         self._relay_role = relay_role
         self._retention = retention
+        self._kept = kept
         self._kafka_properties = kafka or {}
         self.shards = shards
         self.doorbell = doorbell
@@ -179,6 +185,8 @@ class Scene:
                 connection,
                 schema.Settings(self.name, shards=self.shards, doorbell=self.doorbell, retention=self._retention),
             )
+            if self._kept is not None:
+                connection.execute("UPDATE outbox.settings SET retention = %s::interval", [self._kept])
             if self._relay_role is not None:
                 connection.execute(f"CREATE ROLE {self._relay_role} LOGIN PASSWORD '{PASSWORD}'".encode())
                 for statement in schema.grants("outbox", relay=self._relay_role):
@@ -255,10 +263,12 @@ class Scene:
         """Start another command of the command line, to be watched and killed like a relay."""
         return self._start([str(OUTBOX), *arguments], self.env())
 
-    def victim(self, place: str, number: int, what: str = "KILL", *, deaf: bool = False, **settings: object) -> Relay:
+    def victim(
+        self, place: str, number: int, what: str = "KILL", *, lack: Lack | None = None, **settings: object
+    ) -> Relay:
         """Start a relay that kills or freezes itself at a place; see `faults.victim`."""
         command = [sys.executable, "-m", "faults.victim", place, str(number), what]
-        return self._start([*command, "deaf"] if deaf else command, self.env(**settings))
+        return self._start([*command, lack] if lack else command, self.env(**settings))
 
     def _start(self, command: Sequence[str], env: dict[str, str]) -> Relay:
         self._logs += 1
@@ -266,10 +276,14 @@ class Scene:
         self._relays.append(relay)
         return relay
 
-    def replace_postgres(self, other: Postgres) -> None:
-        """Another server takes the database's place: for writers, for the checker, behind the relay's proxy."""
+    def replace_postgres(self, other: Postgres, *, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Another server takes the database's place: for writers, for the checker, behind the relay's proxy.
+
+        `meanwhile` is done before the relay sees it.
+        """
         self.postgres = other
         self._stack.callback(lambda: other.stop("immediate"))
+        meanwhile()
         self.postgres_line.target = other.port
         self.postgres_line.cut()
 
@@ -281,19 +295,33 @@ class Scene:
             self.change(connection, key)
 
     def change(
-        self, connection: psycopg.Connection, key: str, *, type_name: str = "wide", age: str = "0", padding: int = 0
+        self,
+        connection: psycopg.Connection,
+        key: str,
+        *,
+        type_name: str = "wide",
+        age: str = "0",
+        padding: int = 0,
+        slot: int | None = None,
     ) -> None:
-        """The same in somebody's transaction; `age` (an interval) and `padding` (characters) are what Kafka refuses."""
+        """The same in somebody's transaction; `age` (an interval) and `padding` (characters) are what Kafka refuses.
+
+        `slot` of the ring: the clock's, unless the owner says which.
+        """
         connection.execute(
             "INSERT INTO thing (type, key, version, alive, changed_on) VALUES (%s, %s, 1, true, %s)"
             " ON CONFLICT (type, key) DO UPDATE SET version = thing.version + 1",
             [type_name, key, self.timeline],
         )
         connection.execute(
-            "INSERT INTO outbox.entries (type, key, state, created_at) SELECT type, key, convert_to(jsonb_build_object("
+            "WITH entry AS (INSERT INTO outbox.entries (type, key, state, created_at, slot)"
+            " SELECT type, key, convert_to(jsonb_build_object("
             "'version', version, 'on', changed_on, 'padding', repeat('x', %s))::text, 'UTF8'),"
-            " clock_timestamp() - %s::interval FROM thing WHERE type = %s AND key = %s",
-            [padding, age, type_name, key],
+            " clock_timestamp() - %s::interval, coalesce(%s::smallint, outbox.slot_of(clock_timestamp()))"
+            " FROM thing WHERE type = %s AND key = %s RETURNING id)"
+            " INSERT INTO ledger (id, type, key, version)"
+            " SELECT entry.id, thing.type, thing.key, version FROM entry, thing WHERE type = %s AND key = %s",
+            [padding, age, slot, type_name, key, type_name, key],
         )
 
     def sql(self, statement: str) -> None:
@@ -314,6 +342,34 @@ class Scene:
         """The committed positions, by shard."""
         values = read_positions(Config(kafka_bootstrap_servers=self.bootstrap), self.name)
         return [Position.decode(value) if value is not None else None for value in values]
+
+    # --- what Kafka has of transactions ------------------------------------------------------------
+
+    @property
+    def positions_topic(self) -> str:
+        """The topic of positions."""
+        return f"{self.name}.outbox.positions"
+
+    def aborted_states(self) -> int:
+        """How many records of states were aborted: who reads what is not committed sees them, too."""
+        return sum(
+            len(self.offsets(topic, committed=False) - self.offsets(topic, committed=True))
+            for topic in self.topics.values()
+        )
+
+    def offsets(self, topic: str, *, committed: bool) -> set[tuple[int, int]]:
+        """Partition and offset of each record of a topic; those of aborted transactions, too, unless `committed`."""
+        return offsets(self._asker, self.bootstrap, topic, committed=committed)
+
+    def open_transactions(self) -> bool:
+        """Whether Kafka holds an open transaction in any of the topics."""
+        topics = (*self.topics.values(), self.positions_topic)
+        return any(has_open_transaction(self._asker, topic) for topic in topics)
+
+    @cached_property
+    def _asker(self) -> AdminClient:
+        # One that stays: it is asked again and again. A broker that is away is nothing to tell.
+        return AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
 
     def admin(self) -> AdminClient:
         """Kafka, as its administrator."""
@@ -360,6 +416,27 @@ class Scene:
         with psycopg.connect(self.url()) as connection:
             row = connection.execute("SELECT coalesce(max(id), 0) FROM outbox.entries").fetchone()
         return int(row[0]) if row else 0
+
+    def next_xid(self) -> int:
+        """The transaction id that the server gives next."""
+        with psycopg.connect(self.url()) as connection:
+            row = connection.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text").fetchone()
+        return int(row[0]) if row else 0
+
+    def missing(self, ids: set[int]) -> set[int]:
+        """Which of some entries the service's ledger does not have."""
+        with psycopg.connect(self.url()) as connection:
+            return ids - {number for (number,) in connection.execute("SELECT id FROM ledger")}
+
+    def removed_above(self, entry_id: int) -> int:
+        """How many committed entries above an id the log does not hold any more."""
+        with psycopg.connect(self.url()) as connection:
+            (count,) = connection.execute(
+                "SELECT count(*) FROM ledger WHERE id > %s AND NOT EXISTS"
+                " (SELECT FROM outbox.entries e WHERE e.id = ledger.id)",
+                [entry_id],
+            ).fetchone() or (0,)
+        return int(count)
 
     def epoch(self) -> int:
         """How often the log was adopted, and one."""
@@ -427,5 +504,5 @@ class Outcome:
         seconds = sorted(self.seconds)
         shown = "" if not seconds else f"{seconds[len(seconds) // 2]:.1f} / {seconds[-1]:.1f}"
         j = self.judgement
-        wrong = (str(n) for n in (j.lost, j.doubled, j.stale, j.ghosts))
+        wrong = (j.count(name) for name in ("lost", "doubled", "stale", "ghosts"))
         return (self.fault, str(self.times), str(j.entries), str(j.records), *wrong, shown)

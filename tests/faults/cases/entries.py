@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
+from faults.cases.copies import lose_tail
+from faults.load import Load
 from faults.scene import Outcome, Say, Scene
 from relays import eventually, must
 
@@ -39,37 +44,117 @@ def open_transactions(directory: Path, times: int, say: Say) -> Iterator[Outcome
         yield Outcome("a transaction open all the time, five prepared", 6, scene.settle(relay), seconds)
 
 
-def pruned(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """Pruning under load with a slow relay, one slot locked while the next is not; then the positions are lost."""
-    with Scene(directory, "pruned", retention="10 seconds") as scene, scene.load(writers=3, pause=0.1) as load:
-        # Of the ring's twelve seconds four are kept: some slots are old at any time.
-        scene.sql("UPDATE outbox.settings SET retention = '4 seconds'")
+def pruned(
+    directory: Path, times: int, say: Say, *, spoil: Callable[[Scene], None] = lambda _: None
+) -> Iterator[Outcome]:
+    """Pruning under load with a slow relay, which is away for longer than the retention; a slot locked, the next not.
+
+    Then the positions are lost; and, in a second scene, the server's tail. `spoil`: what a test breaks in the product.
+    """
+    with _ring(directory, "pruned") as scene, scene.load(writers=3, pause=0.1) as load:
+        spoil(scene)
         relay = scene.relay(batch_rows=15)
         relay.wait_said("relay.holds")
-        emptied = locked = 0
-        deadline = time.monotonic() + 60 + 20 * times
-        while emptied < times or not locked:
-            assert time.monotonic() < deadline, f"{emptied} slots were emptied, {locked} locked"
-            with psycopg.connect(scene.url()) as reader:
-                # A reader of the oldest slot: the next ones are pruned before it, out of order.
+        # What gets too old while nobody publishes is kept.
+        relay.send(signal.SIGTERM)
+        assert relay.wait() == 0
+        held_back = "shard 0 has not published it"
+        oldest = scene.greatest()
+        eventually(
+            lambda: held_back in {slot["reason"] for slot in _prune(scene)} or scene.removed_above(oldest) > 0,
+            what="an unpublished slot is old enough to be pruned",
+        )
+        relay = scene.relay(batch_rows=15)
+        relay.wait_said("relay.holds")
+        emptied, longest = _prune_out_of_order(scene, load, times, say)
+        seconds = [scene.seconds_until_published()]
+        load.stop()
+        notes = (
+            f"with a lock timeout of {LOCK_TIMEOUT:.0f} s an insert into the slot that was waited for took "
+            f"{longest * 1000:.0f} ms at the most, one of the load {load.slowest * 1000:.0f} ms"
+        )
+        yield Outcome("a slot is pruned under load, another is locked", emptied, scene.settle(relay), seconds, notes)
+        scene.lose_positions()
+        yield Outcome("the positions topic is lost after pruning out of order", 1, scene.settle())
+    with _ring(directory, "pruned-fail-over") as scene, scene.load(writers=3, pause=0.1) as load:
+        relay = scene.relay()
+        relay.wait_said("relay.holds")
+        _prune_out_of_order(scene, load, 2, say)
+        seconds = [lose_tail(scene, load, [relay], promote=True)]
+        load.stop()
+        yield Outcome("fail-over after pruning out of order", 1, scene.settle(relay), seconds)
+
+
+LOCK_TIMEOUT = 1.0
+PATIENCE = 15.0
+"""Of a writer that is blocked, seconds: so long would it wait if pruning had no lock timeout."""
+
+
+def _ring(directory: Path, name: str) -> Scene:
+    # Of the ring's twelve seconds four are kept: some slots are old at any time.
+    return Scene(directory, name, retention="10 seconds", kept="4 seconds")
+
+
+def _prune(scene: Scene) -> list[dict[str, Any]]:
+    slots: list[dict[str, Any]] = json.loads(must(scene.env(lock_timeout=LOCK_TIMEOUT), "prune", "--json"))["slots"]
+    return slots
+
+
+def _prune_out_of_order(scene: Scene, load: Load, times: int, say: Say) -> tuple[int, float]:
+    """Prune until so many slots were emptied, and one was locked meanwhile; the emptied, the longest insert, seconds.
+
+    A reader stays in the oldest slot: the next ones are pruned before it. While its lock is waited for the owner
+    inserts into it.
+    """
+    emptied = locked = contended = 0
+    longest = 0.0
+    deadline = time.monotonic() + 90 + 20 * times
+    with ThreadPoolExecutor(1) as pool:
+        while emptied < times or not (locked and contended):
+            assert time.monotonic() < deadline, f"{emptied} slots were emptied, {locked} locked, {contended} contended"
+            with psycopg.connect(scene.url()) as reader, psycopg.connect(scene.url()) as writer:
                 row = reader.execute(
                     "SELECT slot FROM outbox.entries GROUP BY slot ORDER BY max(created_at) LIMIT 1"
                 ).fetchone()
                 # It holds a lock on all of them now; only that of the oldest is to stay.
                 reader.rollback()
-                reader.execute(f"SELECT count(*) FROM outbox.entries_{row[0] if row else 0}".encode())
-                for slot in json.loads(must(scene.env(lock_timeout="0.3"), "prune", "--json"))["slots"]:
+                oldest = int(row[0]) if row else 0
+                reader.execute(f"SELECT count(*) FROM outbox.entries_{oldest}".encode())
+                pruning = pool.submit(_prune, scene)
+                while not (waited_for := _is_waited_for(writer, oldest)) and not pruning.done():
+                    pass
+                if waited_for:
+                    longest = max(longest, _insert_into(scene, writer, oldest))
+                    contended += 1
+                    # The reader still is where it was: the writer did not wait for it.
+                    reader.execute("SELECT 1")
+                for slot in pruning.result(60):
                     emptied += bool(slot["pruned"])
                     locked += slot["reason"] == "locked by an open transaction"
             load.wait_written(5)
-            say(f"pruned: {emptied} slots of {times}, {locked} times one was locked")
-        seconds = [scene.seconds_until_published()]
-        load.stop()
-        assert load.slowest < 1.3, f"an entry took {load.slowest:.1f} s to be inserted; the lock was waited for 0.3 s"
-        notes = f"the slowest insert took {load.slowest * 1000:.0f} ms"
-        yield Outcome("a slot is pruned under load, another is locked", emptied, scene.settle(relay), seconds, notes)
-        scene.lose_positions()
-        yield Outcome("the positions topic is lost after pruning out of order", 1, scene.settle())
+            say(f"pruned: {emptied} slots of {times}, {locked} times one was locked, {contended} times waited for")
+    assert longest < LOCK_TIMEOUT + 4, f"an insert waited for {longest:.1f} s; pruning waits for {LOCK_TIMEOUT} s"
+    assert load.slowest < LOCK_TIMEOUT + 4, f"an entry took {load.slowest:.1f} s to be inserted"
+    return emptied, longest
+
+
+def _is_waited_for(connection: psycopg.Connection, slot: int) -> bool:
+    """Whether pruning waits for a slot's lock."""
+    connection.rollback()
+    found = connection.execute(
+        "SELECT FROM pg_locks WHERE relation = %s::regclass AND mode = 'AccessExclusiveLock' AND NOT granted",
+        [f"outbox.entries_{slot}"],
+    ).fetchone()
+    return found is not None
+
+
+def _insert_into(scene: Scene, connection: psycopg.Connection, slot: int) -> float:
+    """Insert into a slot that is not the clock's, as the owner may; how long that took, seconds."""
+    connection.execute(f"SET LOCAL statement_timeout = '{PATIENCE:.0f} s'".encode())
+    began = time.monotonic()
+    scene.change(connection, "beside the clock", slot=slot)
+    connection.commit()
+    return time.monotonic() - began
 
 
 def refused(directory: Path, times: int, say: Say) -> Iterator[Outcome]:

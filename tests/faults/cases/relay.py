@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,9 @@ import psycopg
 
 from faults.judge import Judgement
 from faults.scene import Outcome, Relay, Say, Scene
-from faults.victim import BEFORE_THE_BELL, PLACES
+from faults.victim import BEFORE_THE_BELL, PLACES, SENT
 from outbox.kafka.reader import read_topic
+from relays import eventually
 
 
 def killed_anywhere(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
@@ -30,11 +30,17 @@ def killed_anywhere(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         relay = scene.relay()
         seconds = scene.seconds_until_published()
         load.stop()
-        yield Outcome("relay killed at each place", times * len(PLACES), scene.settle(relay), [seconds])
+        judgement = scene.settle(relay)
+        aborted = scene.aborted_states()
+        assert aborted >= times * len(SENT), f"only {aborted} records were aborted"
+        yield Outcome("relay killed at each place", times * len(PLACES), judgement, [seconds])
 
 
 def killed_at(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """The relay is killed between two calls of its step, `times` at each place."""
+    """The relay is killed between two calls of its step, `times` at each place.
+
+    In the middle of a transaction Kafka holds its records by then: the successor makes aborted ones of them.
+    """
     chance = random.Random(1)
     for place in PLACES:
         with Scene(directory, f"killed-{PLACES.index(place)}") as scene, scene.load() as load:
@@ -44,13 +50,14 @@ def killed_at(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
                 code = victim.wait(seconds=60)
                 assert code == -signal.SIGKILL, victim.log.read_text()[-2000:]
                 say(f"killed {place}: {number + 1} of {times}")
-            began = time.monotonic()
             relay = scene.relay()
             relay.wait_said("relay.holds")
             scene.seconds_until_published()
-            seconds = time.monotonic() - began
             load.stop()
-            yield Outcome(f"relay killed {place}", times, scene.settle(relay), [seconds])
+            judgement = scene.settle(relay)
+            aborted = scene.aborted_states()
+            assert aborted >= times or place not in SENT, f"only {aborted} records were aborted by {times} kills"
+            yield Outcome(f"relay killed {place}", times, judgement, notes=f"{aborted} records of states were aborted")
 
 
 def second_relay(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
@@ -73,9 +80,9 @@ def second_relay(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
 
 
 def zombie(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """A relay freezes within a transaction, and wakes after its successor has published."""
+    """A relay freezes within a transaction, and wakes after its successor has published: it is fenced, and says so."""
     seconds = []
-    places = ("in the middle of sending", "after the position record", "before commit", "after read")
+    places = (*SENT, "after read")
     with Scene(directory, "zombie") as scene, scene.load() as load:
         successor: Relay | None = None
         for number in range(times):
@@ -88,31 +95,45 @@ def zombie(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             successor.wait_said("relay.holds")
             seconds.append(scene.seconds_until_published())
             frozen.send(signal.SIGCONT)
-            assert frozen.wait() == 75 or "took over" in frozen.log.read_text(), frozen.log.read_text()[-2000:]
+            assert frozen.wait() == 75, frozen.log.read_text()[-2000:]
+            assert "took over" in frozen.log.read_text(), frozen.log.read_text()[-2000:]
             say(f"zombie: {number + 1} of {times}")
         load.stop()
         assert successor is not None
-        yield Outcome("a zombie wakes after its successor published", times, scene.settle(successor), seconds)
+        judgement = scene.settle(successor)
+        aborted, within = scene.aborted_states(), sum(places[n % len(places)] in SENT for n in range(times))
+        assert aborted >= within, f"only {aborted} records were aborted, {within} froze in a transaction"
+        notes = f"each was fenced; {aborted} records of states were aborted"
+        yield Outcome("a zombie wakes after its successor published", times, judgement, seconds, notes)
 
 
 def stall(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """A relay stands still for longer than a transaction may take, and nobody else came: it goes on."""
+    """A relay stands still for longer than a transaction may take, and nobody else came: fenced, it goes on."""
     seconds = []
     properties = {"transaction.abort.timed.out.transaction.cleanup.interval.ms": "500"}
     with Scene(directory, "stall", kafka=properties, transaction_timeout=2) as scene, scene.load() as load:
         for number in range(times):
-            relay = scene.victim("before commit", 2, "STOP", transaction_timeout=2)
+            relay = scene.victim("before commit", 2, "STOP")
             load.wait_written(5)
             relay.wait_frozen()
-            time.sleep(3.5)  # the fault itself: longer than the time limit
+            assert scene.open_transactions(), "Kafka holds no open transaction"
+            # The broker's patience ends: that is what the stall is.
+            eventually(lambda: not scene.open_transactions(), what="Kafka ends the transaction")
             relay.send(signal.SIGCONT)
             seconds.append(scene.seconds_until_published())
+            doubt = relay.wait_said("relay.hold_in_doubt")
+            assert "_FENCED" in doubt["reason"], doubt
             assert relay.alive
             relay.send(signal.SIGTERM)
             assert relay.wait() == 0
             say(f"stall: {number + 1} of {times}")
         load.stop()
-        yield Outcome("a stall beyond the transaction's time limit", times, scene.settle(), seconds)
+        judgement = scene.settle()
+        aborted = scene.aborted_states()
+        assert aborted >= times, f"only {aborted} records were aborted"
+        yield Outcome(
+            "a stall beyond the transaction's time limit", times, judgement, seconds, "each was fenced by Kafka"
+        )
 
 
 def doorbell(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
@@ -127,7 +148,7 @@ def doorbell(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         assert not lost, f"{lost} wake-ups were lost"
         outcome = Outcome("bursts of writers, no polling floor", times, scene.settle(relay))
     with Scene(directory, "deaf", poll_interval=86_400) as scene:
-        relay = scene.victim(BEFORE_THE_BELL, 0, deaf=True)
+        relay = scene.victim(BEFORE_THE_BELL, 0, lack="deaf")
         relay.wait_said("relay.holds")
         lost, tried = bursts(scene, 20 * times, say, until_lost=True)
         assert lost, f"a relay without its second look lost no wake-up in {tried} bursts"
