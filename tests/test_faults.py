@@ -25,10 +25,11 @@ def quiet(_: str) -> None:
     ("run", "times"),
     [
         (relay.killed_anywhere, 1),
+        (relay.second_relay, 1),
         (relay.zombie, 2),
         (postgres.crash, 2),
         (postgres.line, 1),
-        (kafka.lost_answers, 2),
+        (kafka.lost_answers, 1),
         (kafka.expired, 1),
         (mended.denied_by_postgres, 1),
         (mended.denied_by_kafka, 1),

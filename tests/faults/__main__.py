@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -37,6 +38,8 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table into FILE, between its marks")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     chosen = parser.parse_args()
+    if chosen.write and chosen.cases:
+        parser.error("the table is that of a whole run: --write takes no cases")
     unknown = set(chosen.cases) - set(CASES)
     if unknown:
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
@@ -75,12 +78,15 @@ def main() -> int:
                 progress.console.print(traceback.format_exc(), markup=False)
                 _show_logs(progress.console, directory)
             progress.advance(all_of_it)
+    together = in_one_scene(outcomes)
     outcomes = merged(outcomes)
     _print(outcomes, as_json=chosen.json)
-    total = sum(outcome.times for outcome in outcomes)
+    for faults in together:
+        console.print(f"In one scene, judged as a whole: {'; '.join(faults)}.")
+    total = sum(outcome.times for outcome in outcomes if not outcome.unit)
     console.print(f"{total} faults in {time.monotonic() - began:.0f} s")
     if chosen.write and not failed and not left_out:
-        _write(chosen.write, outcomes, total, time.monotonic() - began)
+        _write(chosen.write, outcomes, together, total, time.monotonic() - began)
     return 1 if failed or any(not outcome.judgement.right for outcome in outcomes) else 0
 
 
@@ -97,6 +103,14 @@ def merged(outcomes: list[Outcome]) -> list[Outcome]:
         for count in ("entries", "records", "lost", "doubled", "stale", "ghosts"):
             setattr(row.judgement, count, getattr(row.judgement, count) + getattr(one.judgement, count))
     return list(rows.values())
+
+
+def in_one_scene(outcomes: list[Outcome]) -> list[list[str]]:
+    """The faults that were injected in one scene: their entries and records are the same, and count once."""
+    scenes: dict[int, list[str]] = {}
+    for outcome in outcomes:
+        scenes.setdefault(id(outcome.judgement), []).append(outcome.fault)
+    return [faults for faults in scenes.values() if len(faults) > 1]
 
 
 def _show_logs(console: Console, directory: Path) -> None:
@@ -128,11 +142,12 @@ def _print(outcomes: list[Outcome], *, as_json: bool) -> None:
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
-def _write(file: Path, outcomes: list[Outcome], total: int, seconds: float) -> None:
+def _write(file: Path, outcomes: list[Outcome], together: list[list[str]], total: int, seconds: float) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, {platform.system()}"
+    command = f'make faults ARGS="{shlex.join(sys.argv[1:])}"'
     about = (
-        f"{total} faults in one run of `make faults`, {seconds / 60:.0f} minutes, on {machine}, "
+        f"{total} faults in one run of `{command}`, {seconds / 60:.0f} minutes, on {machine}, "
         f"Python {platform.python_version()}. Seconds: from the fault's end to the publication of what was committed "
         "by then, the median and the greatest."
     )
@@ -144,6 +159,7 @@ def _write(file: Path, outcomes: list[Outcome], total: int, seconds: float) -> N
         *("| " + " | ".join(outcome.row) + " |" for outcome in outcomes),
         "",
         *(f"- {outcome.fault}: {outcome.notes}" for outcome in outcomes if outcome.notes),
+        *(f"- In one scene, judged as a whole: {'; '.join(faults)}" for faults in together),
     ]
     before, _, rest = file.read_text().partition(BEGIN)
     after = rest.partition(END)[2]

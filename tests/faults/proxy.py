@@ -9,9 +9,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from devstack.processes import LOOPBACK, free_port
+
+Loses = Literal["answers", "requests"]
 
 END_TXN = 26
 """Kafka's number of the request that ends a transaction."""
@@ -19,12 +21,16 @@ END_TXN = 26
 
 @dataclass(eq=False)
 class _Line:
-    """A client's connection and the one behind it; `held` are bytes of a request that is not whole yet."""
+    """A client's connection and the one behind it; `held` are bytes of a request that is not whole yet.
+
+    `waits_for` is the number of a request whose answer is to be lost, `answers` what came of it so far.
+    """
 
     client: socket.socket
     server: socket.socket
     held: bytes = b""
-    mute: bool = False
+    waits_for: bytes | None = None
+    answers: bytes = b""
     dead: bool = field(default=False)
 
     def close(self) -> None:
@@ -40,8 +46,8 @@ class Proxy:
     - `cut()`: end every connection now; `accepting = False`: end new ones at once, too.
     - `silent = True`: accept and pass on nothing, either way.
     - `delay`: seconds that every piece waits.
-    - `lose_answers = N`: of the next N requests that end a Kafka transaction, nothing that the broker says comes back,
-      and the connection is cut a moment later; `lose_requests = N`: they do not even get to the broker.
+    - `loses = "answers"`: what the broker answers to a request that ends a Kafka transaction does not come back: the
+      connection is cut instead. `loses = "requests"`: they do not even get to the broker. `lost` counts both.
     """
 
     def __init__(self, target: int, *, port: int | None = None, kafka: bool = False) -> None:
@@ -51,8 +57,7 @@ class Proxy:
         self.accepting = True
         self.silent = False
         self.delay = 0.0
-        self.lose_answers = 0
-        self.lose_requests = 0
+        self.loses: Loses | None = None
         self.lost = 0
         self._lines: list[_Line] = []
         self._lock = threading.Lock()
@@ -123,8 +128,8 @@ class Proxy:
                         time.sleep(self.delay)
                     if key.fileobj is line.client:
                         self._from_client(line, piece)
-                    elif not line.mute:
-                        line.client.sendall(piece)
+                    else:
+                        self._from_server(line, piece)
         return line.close()
 
     def _from_client(self, line: _Line, piece: bytes) -> None:
@@ -137,19 +142,28 @@ class Proxy:
             if len(line.held) < size:
                 return
             request, line.held = line.held[:size], line.held[size:]
-            if int.from_bytes(request[4:6], "big") == END_TXN and (self.lose_answers or self.lose_requests):
-                self._lose(line, request)
+            if int.from_bytes(request[4:6], "big") == END_TXN and self.loses == "requests":
+                self.lost += 1
+                line.close()
                 return
+            if int.from_bytes(request[4:6], "big") == END_TXN and self.loses == "answers":
+                line.waits_for = request[8:12]
             line.server.sendall(request)
 
-    def _lose(self, line: _Line, request: bytes) -> None:
-        if self.lose_answers:
-            self.lose_answers -= 1
-            line.mute = True
-            line.server.sendall(request)
-            # Long enough for the coordinator to have done it.
-            time.sleep(0.3)
-        else:
-            self.lose_requests -= 1
-        self.lost += 1
-        line.close()
+    def _from_server(self, line: _Line, piece: bytes) -> None:
+        if line.waits_for is None:
+            line.client.sendall(piece)
+            return
+        # The coordinator's line is quiet but for this: what comes now begins an answer.
+        line.answers += piece
+        while len(line.answers) >= 8:
+            size = 4 + int.from_bytes(line.answers[:4], "big")
+            if len(line.answers) < size:
+                return
+            answer, line.answers = line.answers[:size], line.answers[size:]
+            if answer[4:8] == line.waits_for:
+                # It is done: the broker would not answer before.
+                self.lost += 1
+                line.close()
+                return
+            line.client.sendall(answer)

@@ -25,7 +25,7 @@ from faults.cluster import Cluster
 from faults.judge import Judgement, judge
 from faults.load import TYPES, Load, make_domain
 from faults.proxy import Proxy
-from faults.transactions import has_open_transaction, offsets
+from faults.transactions import ends, has_open_transaction, offsets
 from faults.victim import Lack
 from faults.volume import Volume
 from outbox import schema
@@ -366,6 +366,18 @@ class Scene:
         topics = (*self.topics.values(), self.positions_topic)
         return any(has_open_transaction(self._asker, topic) for topic in topics)
 
+    def has_ended(self, record: tuple[int, int]) -> bool:
+        """Whether the transaction of a record of the positions topic, by partition and offset, has ended."""
+        partition, offset = record
+        return ends(self._asker, self.positions_topic, committed=True)[partition] > offset
+
+    def transactional_ids(self) -> set[str]:
+        """The transactional ids that the coordinator knows."""
+        said = self.kafka.tool(
+            "org.apache.kafka.tools.TransactionsCommand", "--bootstrap-server", self.bootstrap, "list"
+        )
+        return {line.split()[0] for line in said.splitlines()[1:] if line.strip()}
+
     @cached_property
     def _asker(self) -> AdminClient:
         # One that stays: it is asked again and again. A broker that is away is nothing to tell.
@@ -490,13 +502,17 @@ Say = Callable[[str], None]
 
 @dataclass
 class Outcome:
-    """A row of the table: a fault, how often it was injected, the verdict, and how long until publishing went on."""
+    """A row of the table: a fault, how often it was injected, the verdict, and how long until publishing went on.
+
+    `unit`: what `times` counts when that is not faults. Rows with the same judgement are those of one scene.
+    """
 
     fault: str
     times: int
     judgement: Judgement
     seconds: list[float] = field(default_factory=list)
     notes: str = ""
+    unit: str = ""
 
     @property
     def row(self) -> tuple[str, ...]:
@@ -505,4 +521,4 @@ class Outcome:
         shown = "" if not seconds else f"{seconds[len(seconds) // 2]:.1f} / {seconds[-1]:.1f}"
         j = self.judgement
         wrong = (j.count(name) for name in ("lost", "doubled", "stale", "ghosts"))
-        return (self.fault, str(self.times), str(j.entries), str(j.records), *wrong, shown)
+        return (self.fault, f"{self.times} {self.unit}".strip(), str(j.entries), str(j.records), *wrong, shown)

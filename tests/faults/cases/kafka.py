@@ -4,32 +4,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from faults.judge import Judgement
+from faults.proxy import Loses
 from faults.scene import Outcome, Say, Scene
 from relays import eventually
 
 
 def lost_answers(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """A commit whose answer is lost: it really was committed, or it never got there."""
-    with Scene(directory, "answers", transaction_timeout=5) as scene, scene.load() as load:
+    """Every commit's answer is lost until the relay gives up: it really was committed. Or none of them gets there."""
+    # Kafka itself must not end what the relay is to find open.
+    properties = {"transaction.abort.timed.out.transaction.cleanup.interval.ms": "600000"}
+    with Scene(directory, "answers", kafka=properties, transaction_timeout=4) as scene, scene.load() as load:
         relay = scene.relay()
         relay.wait_said("relay.holds")
-        outcomes: dict[str, list[float]] = {"lose_answers": [], "lose_requests": []}
+        seconds: dict[Loses, list[float]] = {"answers": [], "requests": []}
         for number in range(times):
-            for what, seconds in outcomes.items():
+            for loses, needed in seconds.items():
                 load.wait_written(3)
-                before = scene.kafka_line.lost
-                setattr(scene.kafka_line, what, 1)
-                eventually(lambda before=before: scene.kafka_line.lost > before, what="a commit to lose")  # type: ignore[misc]  # bound now
-                seconds.append(scene.seconds_until_published())
+                doubts, holds = (scene.count_said(relay, f"relay.{name}") for name in ("hold_in_doubt", "holds"))
+                lost = scene.kafka_line.lost
+                scene.kafka_line.loses = loses
+                eventually(lambda lost=lost: scene.kafka_line.lost > lost, what="a commit to lose")  # type: ignore[misc]  # bound now
+                # The last record of the positions is that of the transaction that was to be ended.
+                record = max(scene.offsets(scene.positions_topic, committed=False))
+                ended = partial(scene.has_ended, record)
+                if loses == "answers":
+                    eventually(ended, what="Kafka commits it")
+                else:
+                    assert not ended(), "the request did arrive"
+                eventually(
+                    lambda doubts=doubts: scene.count_said(relay, "relay.hold_in_doubt") > doubts,  # type: ignore[misc]  # bound now
+                    what="the relay gives up",
+                )
+                # Before, its client may still try: no commit is to get through. It ends what it left open.
+                eventually(ended, what="the relay takes the shard again")
+                scene.kafka_line.loses = None
+                eventually(lambda holds=holds: scene.count_said(relay, "relay.holds") > holds, what="it goes on")  # type: ignore[misc]  # bound now
+                committed = scene.offsets(scene.positions_topic, committed=True)
+                assert (record in committed) == (loses == "answers"), f"{loses}: committed is {record in committed}"
+                needed.append(scene.seconds_until_published())
                 assert relay.alive, relay.log.read_text()[-2000:]
             say(f"answers lost: {number + 1} of {times}")
         load.stop()
         judgement = scene.settle(relay)
-        yield Outcome("a commit is done, its answer lost", times, judgement, outcomes["lose_answers"])
-        yield Outcome("a commit does not arrive", times, judgement, outcomes["lose_requests"])
+        yield Outcome("a commit is done, its answers are lost", times, judgement, seconds["answers"])
+        yield Outcome("a commit does not arrive", times, judgement, seconds["requests"])
 
 
 def kafka_away(directory: Path, times: int, say: Say, *, seconds_away: float = 60) -> Iterator[Outcome]:
@@ -86,12 +107,15 @@ def expired(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
     with Scene(directory, "expired", kafka=properties) as scene:
         relay = scene.relay()
         relay.wait_said("relay.holds")
-        judgement = Judgement()
+        mine = f"{scene.name}-0"
         for number in range(times):
             with scene.load() as load:
                 load.wait_written(10)
+                if number == 0:
+                    assert mine in scene.transactional_ids(), "Kafka calls it differently"
             scene.seconds_until_published()
-            time.sleep(4)  # the fault itself: idle for longer than the ids live
+            # The fault itself: idle for longer than the ids live.
+            eventually(lambda: mine not in scene.transactional_ids(), what="the transactional id expires")
             scene.put("after idling")
             seconds.append(scene.seconds_until_published())
             assert relay.alive, relay.log.read_text()[-2000:]
@@ -108,9 +132,14 @@ def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         relay.wait_said("relay.holds")
         for number in range(times):
             load.wait_written(10)
+            waited = scene.count_said(relay, "relay.waiting")
             scene.volume.fill()
             assert scene.kafka.wait_gone(120), "Kafka goes on without room"
             load.wait_written(10)
+            eventually(lambda waited=waited: scene.count_said(relay, "relay.waiting") > waited, what="it says so")  # type: ignore[misc]  # bound now
+            said = relay.wait_said("relay.waiting")
+            assert said["what"] == "kafka", said
+            assert "Check that it runs" in said["cure"], said
             scene.volume.free()
             scene.kafka.start()
             seconds.append(scene.seconds_until_published())

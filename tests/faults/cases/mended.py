@@ -188,3 +188,33 @@ def topic_deleted(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             say(f"topic deleted: {number + 1} of {times}")
         load.stop()
         yield Outcome("a topic is deleted under the relay", times, scene.settle(), seconds)
+
+
+def own_topic_deleted(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """A topic of the outbox's own is deleted under a running relay: it says so, and goes on when it is made anew.
+
+    Without the dead letters nothing else is amiss. Without the positions the retained log is published again, and said
+    to be - unless the relay itself still knows its position.
+    """
+    for which in ("dead-letters", "positions"):
+        seconds = []
+        with (
+            Scene(directory, f"deleted-{which}", transaction_timeout=5, topic_check_interval=0.3) as scene,
+            scene.load() as load,
+        ):
+            relay = scene.relay()
+            relay.wait_said("relay.holds")
+            delete = partial(scene.delete_topic, f"{scene.name}.outbox.{which}")
+            mend = partial(must, scene.env(), "topics", "apply", "--yes")
+            for number in range(times):
+                seconds.append(_mend(scene, relay, load, delete, mend, "outbox topics apply"))
+                say(f"topic of {which} deleted: {number + 1} of {times}")
+            load.stop()
+            anew = scene.count_said(relay, "relay.new_log") - 1
+            notes = f"the retained log was published again {anew} times"
+            assert which == "positions" or not anew, notes
+            # Where it still knew the position it goes on from there, and everything is judged.
+            scene.republished = anew > 0
+            yield Outcome(
+                f"the topic of {which} is deleted under the relay", times, scene.settle(relay), seconds, notes
+            )

@@ -146,7 +146,7 @@ def doorbell(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         relay.wait_said("relay.holds")
         lost, _ = bursts(scene, times, say, until_lost=False)
         assert not lost, f"{lost} wake-ups were lost"
-        outcome = Outcome("bursts of writers, no polling floor", times, scene.settle(relay))
+        outcome = Outcome("bursts of writers, no polling floor", times, scene.settle(relay), unit="bursts")
     with Scene(directory, "deaf", poll_interval=86_400) as scene:
         relay = scene.victim(BEFORE_THE_BELL, 0, lack="deaf")
         relay.wait_said("relay.holds")
