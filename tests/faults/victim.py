@@ -19,6 +19,7 @@ from outbox import relay
 from outbox.adoption import adopt_log
 from outbox.batch import Batch
 from outbox.config import resolve
+from outbox.errors import OutboxError
 from outbox.kafka.shard_log import ShardLog
 from outbox.logs import configure
 from outbox.message import Message
@@ -158,7 +159,12 @@ def main() -> None:
     wake = Wake()
     stop: Callable[..., None] = lambda *_: wake.set()  # noqa: E731  a signal handler
     signal.signal(signal.SIGTERM, stop)
-    relay.Relay(config, wake=wake, reader=VictimReader, shard_log=VictimLog).run()
+    try:
+        relay.Relay(config, wake=wake, reader=VictimReader, shard_log=VictimLog).run()
+    except OutboxError as error:
+        # As the command line does.
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
