@@ -76,7 +76,7 @@ def _believe_all_published(scene: Scene) -> None:
     with psycopg.connect(scene.url()) as connection:
         found = connection.execute(
             "SELECT oid::regprocedure::text, pg_get_function_arguments(oid) FROM pg_proc"
-            " WHERE proname = 'uncovered' AND pronamespace = 'outbox'::regnamespace"
+            " WHERE proname = 'unpublished' AND pronamespace = 'outbox'::regnamespace"
         ).fetchall()
         assert found, "pruning asks something else now; this test has to follow"
         for name, arguments in found:

@@ -440,16 +440,6 @@ class Scene:
         with psycopg.connect(self.url()) as connection:
             return ids - {number for (number,) in connection.execute("SELECT id FROM ledger")}
 
-    def removed_above(self, entry_id: int) -> int:
-        """How many committed entries above an id the log does not hold any more."""
-        with psycopg.connect(self.url()) as connection:
-            (count,) = connection.execute(
-                "SELECT count(*) FROM ledger WHERE id > %s AND NOT EXISTS"
-                " (SELECT FROM outbox.entries e WHERE e.id = ledger.id)",
-                [entry_id],
-            ).fetchone() or (0,)
-        return int(count)
-
     def epoch(self) -> int:
         """How often the log was adopted, and one."""
         with psycopg.connect(self.url()) as connection:

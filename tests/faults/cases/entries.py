@@ -14,7 +14,7 @@ import psycopg
 
 from faults.cases.copies import lose_tail
 from faults.load import Load
-from faults.scene import Outcome, Say, Scene
+from faults.scene import Outcome, Relay, Say, Scene
 from relays import eventually, must
 
 
@@ -49,7 +49,7 @@ def open_transactions(directory: Path, times: int, say: Say) -> Iterator[Outcome
 def pruned(
     directory: Path, times: int, say: Say, *, spoil: Callable[[Scene], None] = lambda _: None
 ) -> Iterator[Outcome]:
-    """Pruning under load with a slow relay, which is away for longer than the retention; a slot locked, the next not.
+    """Pruning under load with a slow relay, and what is published late; one slot locked while the next is not.
 
     Then the positions are lost. `spoil`: what a test breaks in the product.
     """
@@ -57,15 +57,7 @@ def pruned(
         spoil(scene)
         relay = scene.relay(batch_rows=15)
         relay.wait_said("relay.holds")
-        # What gets too old while nobody publishes is kept.
-        relay.send(signal.SIGTERM)
-        assert relay.wait() == 0
-        held_back = "shard 0 has not published it"
-        oldest = scene.greatest()
-        eventually(
-            lambda: held_back in {slot["reason"] for slot in _prune(scene)} or scene.removed_above(oldest) > 0,
-            what="an unpublished slot is old enough to be pruned",
-        )
+        _keep_a_late_one(scene, load, relay)
         relay = scene.relay(batch_rows=15)
         relay.wait_said("relay.holds")
         emptied, longest = _prune_out_of_order(scene, load, times, say)
@@ -90,6 +82,34 @@ def pruned_and_failed_over(directory: Path, times: int, say: Say) -> Iterator[Ou
             seconds = [lose_tail(scene, load, [relay], promote=True)]
             load.stop()
             yield Outcome("fail-over after pruning out of order", 1, scene.settle(relay), seconds)
+
+
+def _keep_a_late_one(scene: Scene, load: Load, relay: Relay) -> None:
+    """An entry below the anchor whose transaction ended only after the relay did grows old: it is not removed."""
+    with psycopg.connect(scene.url()) as late:
+        scene.change(late, "late", type_name="every")
+        (its_slot,) = late.execute("SELECT slot FROM outbox.entries WHERE key = 'late'").fetchone() or (0,)
+        with psycopg.connect(scene.url(), autocommit=True) as connection:
+            now = "SELECT outbox.slot_of(clock_timestamp()) NOT IN (%s, (%s + 1) %% 12)"
+            eventually(lambda: connection.execute(now, [its_slot] * 2).fetchone() == (True,), what="the clock goes on")
+        load.hold()
+        scene.seconds_until_published()
+        # A batch of its own: the position is not that of a cut, which would hold everything since its beginning.
+        scene.put("the anchor")
+        scene.seconds_until_published()
+        relay.send(signal.SIGTERM)
+        assert relay.wait() == 0
+
+    def looked_at() -> bool:
+        slots = _prune(scene)
+        return any(
+            (slot["slot"] == its_slot and slot["pruned"])
+            or (slot["reason"] or "").startswith("shard 0 has not published")
+            for slot in slots
+        )
+
+    eventually(looked_at, what="its slot is old enough to be pruned")
+    load.release()
 
 
 LOCK_TIMEOUT = 1.0
