@@ -10,7 +10,7 @@ VENV := .venv/bin
 export PYTHONPATH := examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock up down status demo test faults format lint types clean
+.PHONY: help setup lock up down status demo test faults bench format lint types clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ test: setup ## run every check and every test, in order, up to the first failure
 
 faults: setup ## inject hundreds of faults on real servers and judge the topics (half an hour; ARGS="killed --times 2")
 	@PYTHONPATH=tests:examples $(VENV)/python -m faults $(ARGS)
+
+bench: setup ## measure the relay beside others and the limits (ARGS="drain --entries 100000"; ARGS=--help)
+	@PYTHONPATH=.:examples $(VENV)/python -m bench $(ARGS)
 
 format: setup ## write the code in the project's format
 	@$(VENV)/ruff format

@@ -1,0 +1,80 @@
+"""`python -m bench PART [options]`: run one part, show and keep its figures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import psycopg
+from confluent_kafka import KafkaException
+
+from bench.options import Options
+from bench.report import Report
+from bench.view import View
+from devstack.processes import ServerError
+
+PARTS: Mapping[str, str] = {
+    "drain": "bench.drain",
+}
+"""Each part's module: it has `run(options) -> Report`, and says what it is in the first line of its docstring."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, show; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("part", choices=list(PARTS), help="what to measure")
+    parser.add_argument("--entries", type=_positive, default=1_000_000, help="rows in one round (default 1,000,000)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="rounds whose figures count (default 5)")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before them (default 1)")
+    parser.add_argument("--seconds", type=float, default=600, help="the most that one contender may take in one round")
+    parser.add_argument("--peers", help="whom to measure, with commas; default: all")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--keep", action="store_true", help="keep the servers' directories and logs")
+    chosen = parser.parse_args(given)
+    module = importlib.import_module(PARTS[chosen.part])
+    options = Options(
+        command=shlex.join(["python", "-m", "bench", *given]),
+        entries=chosen.entries,
+        rounds=chosen.rounds,
+        warm_up=chosen.warm_up,
+        seconds=chosen.seconds,
+        peers=chosen.peers.split(",") if chosen.peers else module.PEERS,
+        keep=chosen.keep,
+        view=View(),
+    )
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        report: Report = module.run(options)
+    except (ServerError, KafkaException, psycopg.Error) as error:
+        print(f"The benchmark failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped; nothing is left behind.", file=sys.stderr)
+        return 130
+    file = report.save()
+    options.view.result(report.markdown())
+    options.view.step(f"kept in {file}")
+    if chosen.json:
+        print(json.dumps(report.as_json(), indent=1))
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("it must be a whole number from 1")
+    return int(text)
+
+
+def _stop(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What is compared: each contender publishes rows of a table of its own into a topic of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from bench.workload import Load
+
+
+class Contender(Protocol):
+    """One way from a table to a topic. `prepare` once, then `fill`, `begin`, `end` for each round.
+
+    `exactly_once` and `collapses` say what it may be held to. Failures raise `ServerError`.
+    """
+
+    name: str
+    topic: str
+    exactly_once: bool
+    collapses: bool
+
+    def prepare(self) -> None:
+        """Make what it needs, and start what stays warm; it publishes nothing yet."""
+
+    def fill(self, load: Load) -> None:
+        """Write the rows while nobody publishes them."""
+
+    def begin(self) -> None:
+        """Start, or resume, publishing."""
+
+    def end(self) -> None:
+        """Stop publishing, in order."""
+
+    def close(self) -> None:
+        """End everything of it at once."""
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """Its own processes, as they run now."""
+
+    @property
+    def trees(self) -> Mapping[str, int]:
+        """The servers that work for it, each with its children."""
+
+    @property
+    def url(self) -> str:
+        """The database that its rows are in."""
+
+    @property
+    def insert(self) -> str:
+        """The statement by which a service writes one row, with `%s` for the key and for the state (a text)."""
+
+    def details(self) -> Mapping[str, float]:
+        """Of the last round, what it tells of itself."""

@@ -1,0 +1,189 @@
+"""Part 1, drain: how fast a backlog of entries with distinct keys is published, beside Debezium, a peer, the limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from bench import limits
+from bench.contender import Contender
+from bench.measure import Meter, usage
+from bench.options import Options
+from bench.relay import Relay
+from bench.report import Report, Series
+from bench.servers import Servers, servers
+from bench.topics import Delivered, Timeline
+from bench.workload import Load
+
+NAME = "drain"
+RELAY, COPY, PRODUCER = "relay", "COPY", "ProducerPerformance"
+PEERS = (RELAY, COPY, PRODUCER)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One contender in one round. `cpu` by process and server, seconds."""
+
+    timeline: Timeline
+    delivered: Delivered
+    cpu: Mapping[str, float]
+    own_cpu: float
+    peak_bytes: int
+    details: Mapping[str, float]
+
+
+def drain_once(
+    contender: Contender, load: Load, servers: Servers, *, seconds: float, told: Callable[[str], None]
+) -> Run:
+    """Fill while it is stopped, let it publish until all can be read, and judge what was delivered."""
+    contender.fill(load)
+    starts = servers.topics.ends(contender.topic)
+    server_meter = Meter({}, contender.trees)
+    warm = contender.pids
+    meter = Meter(warm)
+    began = time.monotonic()
+    contender.begin()
+    started = {name: pid for name, pid in contender.pids.items() if name not in warm}
+    least = load.keys if contender.collapses else load.entries
+    timeline = servers.topics.watch(
+        contender.topic,
+        starts,
+        began=began,
+        done=lambda added: added >= least,
+        seconds=seconds,
+    )
+    # A process of this round alone is counted from its start, one that was warm from the start signal.
+    own = meter.cpu_seconds() | {name: usage(pid).cpu_seconds for name, pid in started.items()}
+    peak = meter.peak_bytes() + sum(usage(pid).peak_bytes for pid in started.values())
+    cpu = own | server_meter.cpu_seconds()
+    contender.end()
+    delivered = servers.topics.judge(contender.topic, starts)
+    load.check(
+        delivered,
+        exactly_once=contender.exactly_once,
+        collapsed=contender.collapses and load.keys < load.entries,
+        who=contender.name,
+    )
+    run = Run(timeline, delivered, cpu, sum(own.values()), peak, contender.details())
+    told(
+        f"{contender.name}: {timeline.steady_rate(load.entries):,.0f} entries/s, {timeline.seconds:.2f} s in all, "
+        f"{delivered.records:,} records, CPU {run.own_cpu:.2f} s, {run.peak_bytes / 1e6:,.0f} MB"
+    )
+    return run
+
+
+def contenders(servers: Servers, chosen: Sequence[str]) -> list[Contender]:
+    """Those that were chosen, prepared."""
+    makers: dict[str, Callable[[], Contender]] = {RELAY: lambda: Relay(servers)}
+    found: list[Contender] = []
+    for name in chosen:
+        if name in makers:
+            one = makers[name]()
+            servers.stack.callback(one.close)
+            one.prepare()
+            found.append(one)
+    return found
+
+
+def run(options: Options) -> Report:
+    """The part."""
+    view = options.view
+    report = Report(
+        NAME,
+        f"Drain: {options.entries:,} entries, distinct keys",
+        options.command,
+        {"entries": options.entries, "rounds": options.rounds, "warm-up rounds": options.warm_up},
+    )
+    runs: dict[str, list[Run]] = {}
+    reached: dict[str, list[limits.Limit]] = {}
+    with ExitStack() as stack:
+        view.step("starting the servers")
+        those = stack.enter_context(servers(stack.enter_context(options.work())))
+        peers = contenders(those, options.peers)
+        base = 0
+        for number in range(-options.warm_up, options.rounds):
+            view.step(f"round {number + 1} of {options.rounds}" if number >= 0 else "warming up")
+            load = Load(options.entries, options.entries, base=base)
+            base += options.entries
+            for peer in _turned(peers, number):
+                one = drain_once(peer, load, those, seconds=options.seconds, told=view.step)
+                if number >= 0:
+                    runs.setdefault(peer.name, []).append(one)
+                if peer.name == RELAY and COPY in options.peers:
+                    _keep(reached, number, COPY, limits.copy_out(peer.url, load, those.directory), view.step)
+            if PRODUCER in options.peers:
+                sample = limits.write_sample(load, those.postgres("postgres").url(), those.directory)
+                limit = limits.producer_performance(those.kafka, those.topics, load, sample)
+                _keep(reached, number, PRODUCER, limit, view.step)
+        report.versions = those.versions()
+    _tell(report, options, runs, reached)
+    return report
+
+
+def _turned(peers: list[Contender], number: int) -> list[Contender]:
+    """Another one begins in each round."""
+    place = number % len(peers) if peers else 0
+    return peers[place:] + peers[:place]
+
+
+def _keep(
+    reached: dict[str, list[limits.Limit]], number: int, name: str, limit: limits.Limit, told: Callable[[str], None]
+) -> None:
+    told(f"{name}: {limit.rate:,.0f} rows/s, CPU {limit.usage.cpu_seconds:.2f} s")
+    if number >= 0:
+        reached.setdefault(name, []).append(limit)
+
+
+def _tell(
+    report: Report, options: Options, runs: Mapping[str, list[Run]], reached: Mapping[str, list[limits.Limit]]
+) -> None:
+    """The series and ratios."""
+
+    def add(who: str, what: str, unit: str, values: Sequence[float], digits: int = 0) -> None:
+        report.series.append(Series(who, what, unit, values, digits))
+
+    per_million = 1_000_000 / options.entries
+    for who, rounds in runs.items():
+        add(who, "entries/s", "", [one.timeline.steady_rate(options.entries) for one in rounds])
+        add(who, "until all can be read", "s", [one.timeline.seconds for one in rounds], 2)
+        add(who, "CPU for a million", "s", [one.own_cpu * per_million for one in rounds], 2)
+        add(who, "peak memory", "MB", [one.peak_bytes / 1e6 for one in rounds])
+        for server in ("PostgreSQL", "Kafka"):
+            add(who, f"{server}'s CPU", "s", [one.cpu[server] * per_million for one in rounds], 2)
+        add(who, "records", "", [float(one.delivered.records) for one in rounds])
+    for who, of_limit in reached.items():
+        add(who, "entries/s", "", [one.rate for one in of_limit])
+        add(who, "CPU for a million", "s", [one.usage.cpu_seconds * per_million for one in of_limit], 2)
+    report.chart = "entries/s"
+    if RELAY not in runs:
+        return
+    rate = report.of(RELAY, "entries/s")
+    if COPY in reached and PRODUCER in reached:
+        both = zip(report.of(COPY, "entries/s"), report.of(PRODUCER, "entries/s"), strict=True)
+        report.ratio("rate: relay / lower limit", rate, [min(pair) for pair in both], aim=0.6)
+    for who in runs:
+        if who == RELAY:
+            continue
+        debezium = who.startswith("Debezium")
+        report.ratio(f"rate: relay / {who}", rate, report.of(who, "entries/s"), aim=4 if debezium else None)
+        for figure, aim in (("CPU for a million", 0.2), ("peak memory", 0.1)):
+            report.ratio(
+                f"{figure}: relay / {who}",
+                report.of(RELAY, figure),
+                report.of(who, figure),
+                aim=aim if debezium else None,
+                at_least=False,
+            )
+    steps = [_shares(one.details) for one in runs[RELAY]]
+    if steps and steps[0]:
+        middle = {name: sorted(step[name] for step in steps)[len(steps) // 2] for name in steps[0]}
+        report.notes.append(
+            "The relay's own steps, seconds for a million entries (reading goes on beside the commit of the batch "
+            "before it): " + ", ".join(f"{name} {value * per_million:.2f}" for name, value in middle.items()) + "."
+        )
+
+
+def _shares(details: Mapping[str, float]) -> dict[str, float]:
+    return {name.removesuffix("_seconds"): value for name, value in details.items() if name.endswith("_seconds")}

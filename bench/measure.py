@@ -1,0 +1,124 @@
+"""What processes used, from /proc, and how figures of several rounds are summed up."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from devstack.processes import Child, ServerError, children
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_FOLLOW_SECONDS = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """CPU time, seconds of one core, and the greatest resident memory, bytes, of one or several processes."""
+
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def _cpu(pid: int, *, with_ended_children: bool) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    # utime, stime, cutime, cstime are the fields 14 to 17; the first one here is field 3.
+    return sum(map(int, fields[11 : 15 if with_ended_children else 13])) / _TICKS
+
+
+def _peak(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+
+
+def usage(pid: int) -> Usage:
+    """What one process has used since it began; nothing when it is gone."""
+    return Usage(_cpu(pid, with_ended_children=False), _peak(pid))
+
+
+def tree_cpu(pid: int) -> float:
+    """CPU seconds of a process, of its children, and of those that have ended: a PostgreSQL server as a whole."""
+    living = sum(_cpu(child.pid, with_ended_children=True) for child in children(pid))
+    return _cpu(pid, with_ended_children=True) + living
+
+
+def run_measured(child: Child, *, seconds: float, what: str) -> tuple[float, Usage]:
+    """Wait for a child that ends by itself; how long it took, and what it was last seen to have used.
+
+    Raises `ServerError` when it fails or takes longer than `seconds`; then it is ended.
+    """
+    began = time.monotonic()
+    seen = Usage()
+    while not child.wait(_FOLLOW_SECONDS):
+        now = usage(child.pid)
+        seen = now if now.peak_bytes else seen
+        if time.monotonic() - began > seconds:
+            child.stop(seconds=0)
+            raise ServerError(f"{what} took longer than {seconds:g} s and was ended.")
+    took = time.monotonic() - began
+    if child.exit_code() != 0:
+        raise ServerError(f"{what} failed (exit code {child.exit_code()}).")
+    return took, seen
+
+
+@dataclass
+class Meter:
+    """CPU seconds of long-lived processes since this object was made, by name. `trees` counts their children too."""
+
+    pids: Mapping[str, int]
+    trees: Mapping[str, int] = field(default_factory=dict)
+    _before: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._before = self._now()
+
+    def _now(self) -> dict[str, float]:
+        own = {name: usage(pid).cpu_seconds for name, pid in self.pids.items()}
+        return own | {name: tree_cpu(pid) for name, pid in self.trees.items()}
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """By name."""
+        return {name: now - self._before[name] for name, now in self._now().items()}
+
+    def peak_bytes(self) -> int:
+        """Of the processes together, without the trees."""
+        return sum(usage(pid).peak_bytes for pid in self.pids.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Figures of several rounds."""
+
+    least: float
+    median: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """That of some values; at least one."""
+        return cls(min(values), statistics.median(values), max(values))
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value that this share (0 to 1) of the ordered values does not exceed; nan when there are none."""
+    if not ordered:
+        return float("nan")
+    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered)) - 1))]
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float, what: str, pause: float = 0.05) -> None:
+    """Ask until it holds; `ServerError` when it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ServerError(f"{what} did not happen in {seconds:g} s.")
+        time.sleep(pause)
