@@ -28,6 +28,9 @@ lock: setup ## pin the Python packages anew in requirements-dev.lock
 	@echo 'hatchling>=1.27' | .stack/uv/bin/uv pip compile pyproject.toml - --extra relay --group dev \
 	  --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
 	  --custom-compile-command 'make lock' --upgrade --quiet --output-file requirements-dev.lock
+	@.stack/uv/bin/uv pip compile --group bench --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links \
+	  --custom-compile-command 'make lock' --upgrade --quiet --output-file bench/requirements.lock
 
 up: setup ## start PostgreSQL and Kafka and keep them running; prints the URLs
 	@$(VENV)/python -m devstack up

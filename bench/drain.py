@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from bench import limits
+from bench import install, limits
 from bench.contender import Contender
+from bench.debezium import Connect, Debezium
 from bench.measure import Meter, usage
 from bench.options import Options
 from bench.relay import Relay
@@ -19,7 +20,8 @@ from bench.workload import Load
 
 NAME = "drain"
 RELAY, COPY, PRODUCER = "relay", "COPY", "ProducerPerformance"
-PEERS = (RELAY, COPY, PRODUCER)
+DEBEZIUM_POLL, DEBEZIUM_INTERVAL = "debezium-poll", "debezium-interval"
+PEERS = (RELAY, DEBEZIUM_POLL, DEBEZIUM_INTERVAL, COPY, PRODUCER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,13 @@ def drain_once(
 
 def contenders(servers: Servers, chosen: Sequence[str]) -> list[Contender]:
     """Those that were chosen, prepared."""
-    makers: dict[str, Callable[[], Contender]] = {RELAY: lambda: Relay(servers)}
+    connect = Connect(servers)
+    servers.stack.callback(connect.close)
+    makers: dict[str, Callable[[], Contender]] = {
+        RELAY: lambda: Relay(servers),
+        DEBEZIUM_POLL: lambda: Debezium(servers, connect, boundary="poll"),
+        DEBEZIUM_INTERVAL: lambda: Debezium(servers, connect, boundary="interval"),
+    }
     found: list[Contender] = []
     for name in chosen:
         if name in makers:
@@ -117,7 +125,7 @@ def run(options: Options) -> Report:
                 sample = limits.write_sample(load, those.postgres("postgres").url(), those.directory)
                 limit = limits.producer_performance(those.kafka, those.topics, load, sample)
                 _keep(reached, number, PRODUCER, limit, view.step)
-        report.versions = those.versions()
+        report.versions = those.versions() | install.versions()
     _tell(report, options, runs, reached)
     return report
 

@@ -141,25 +141,25 @@ def install_python() -> None:
         stamp.write_text(value + "\n")
 
 
-def install_kafka() -> None:
-    """Copy the jars that pom.xml names into `.stack/kafka/libs`."""
-    stamp = LIBS / "devstack-pom.stamp"
-    value = digest(POM.read_bytes())
+def install_jars(what: str, pom: Path, libs: Path) -> None:
+    """Copy the jars that a pom names into `libs`."""
+    stamp = libs / "devstack-pom.stamp"
+    value = digest(pom.read_bytes())
     if holds(stamp, value):
         return
     maven = maven_program()
-    unfinished = LIBS.with_name("libs.unfinished")
+    unfinished = libs.with_name("libs.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     run(
-        "Getting Kafka's jars through Maven",
+        f"Getting {what} through Maven",
         [
-            *(maven, "--batch-mode", "--quiet", "--no-transfer-progress", "--file", str(POM)),
+            *(maven, "--batch-mode", "--quiet", "--no-transfer-progress", "--file", str(pom)),
             *("dependency:copy-dependencies", f"-DoutputDirectory={unfinished}"),
         ],
     )
     (unfinished / stamp.name).write_text(value + "\n")
-    shutil.rmtree(LIBS, ignore_errors=True)
-    unfinished.rename(LIBS)
+    shutil.rmtree(libs, ignore_errors=True)
+    unfinished.rename(libs)
 
 
 def main() -> int:
@@ -173,7 +173,7 @@ def main() -> int:
             check_java()
             if not LIBS.is_dir():
                 maven_program()
-            install_kafka()
+            install_jars("Kafka's jars", POM, LIBS)
             install_python()
         except InstallError as error:
             print(error, file=sys.stderr)
