@@ -54,11 +54,13 @@ class Did(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The result of one pass. Times in seconds.
+    """The result of one pass.
 
     `entries` were read, `records` written to state topics (after collapse), `dead` dead-lettered. `more` says that
     the backlog goes on: do not wait before the next step. `caught_up`: everything that was committed when the shard
-    was taken over is published.
+    was taken over is published. Where the time went, seconds: reading, preparing (collapse, messages), producing,
+    waiting until PostgreSQL has flushed what is published, committing. The reading of a backlog's batch goes on beside
+    the commit of the one before it.
     """
 
     did: Did
@@ -68,6 +70,9 @@ class Step:
     more: bool = False
     caught_up: bool = False
     read_seconds: float = 0.0
+    prepare_seconds: float = 0.0
+    produce_seconds: float = 0.0
+    flush_seconds: float = 0.0
     commit_seconds: float = 0.0
 
 
@@ -165,6 +170,7 @@ class Shard:
         self._say_timeline(batch)
         self._report(batch)
         self._follow_types(kafka, batch)
+        began = time.monotonic()
         plan = Plan(batch, kafka.limits, self._dead, now_ms=self._now_ms())
         if plan.too_large and time.monotonic() > self._checked_at + _LIMITS_SECONDS:
             # The limit may have been raised meanwhile: a verdict that stays needs a look.
@@ -173,7 +179,7 @@ class Shard:
         try:
             if plan.empty:
                 return self._nothing(kafka, batch)
-            return self._publish(kafka, plan, batch)
+            return self._publish(kafka, plan, batch, prepared_in=time.monotonic() - began)
         except (Fenced, Unknown, Aborted) as fault:
             self._lost(kafka, fault)
         return Step(Did.NOTHING, more=True)
@@ -476,16 +482,17 @@ class Shard:
         self._inherited = False
         return caught_up
 
-    def _publish(self, kafka: Log, plan: Plan, batch: Batch) -> Step:
+    def _publish(self, kafka: Log, plan: Plan, batch: Batch, *, prepared_in: float) -> Step:
         # Once a sleep, not once a batch: it is a statement of its own.
         self._source.show("working")
-        began = time.monotonic()
+        spent = [0.0, 0.0, 0.0]
         dead = 0
         while not plan.finished:
             part = plan.part(self._part_size)
             refused: Refused | None = None
             try:
-                self._commit(kafka, part, batch.head.insert_lsn, last_id=batch.last_id)
+                cost = self._commit(kafka, part, batch.head.insert_lsn, last_id=batch.last_id)
+                spent = [a + b for a, b in zip(spent, cost, strict=True)]
             except Refused as fault:
                 refused = fault.with_traceback(None)
             if refused is not None:
@@ -508,6 +515,7 @@ class Shard:
             if self._part_size is not None:
                 self._part_size *= 2
         self._part_size, self._watched = None, False
+        produced_in, flushed_in, committed_in = spent
         step = Step(
             Did.PUBLISHED,
             entries=len(batch.entries),
@@ -516,7 +524,10 @@ class Shard:
             more=batch.cut,
             caught_up=self._past_cut(batch),
             read_seconds=batch.seconds,
-            commit_seconds=time.monotonic() - began,
+            prepare_seconds=prepared_in,
+            produce_seconds=produced_in,
+            flush_seconds=flushed_in,
+            commit_seconds=committed_in,
         )
         emit(
             log,
@@ -525,17 +536,24 @@ class Shard:
             entries=step.entries,
             records=step.records,
             dead=step.dead,
+            age_seconds=max(0, self._now_ms() - batch.entries[0][4]) / 1000 if batch.entries else 0.0,
             read_seconds=step.read_seconds,
+            prepare_seconds=step.prepare_seconds,
+            produce_seconds=step.produce_seconds,
+            flush_seconds=step.flush_seconds,
             commit_seconds=step.commit_seconds,
         )
         return step
 
-    def _commit(self, kafka: Log, part: Part, lsn: str, *, last_id: int | None = None) -> None:
+    def _commit(
+        self, kafka: Log, part: Part, lsn: str, *, last_id: int | None = None
+    ) -> tuple[float, float, float]:
         """One Kafka transaction: a part of a batch and the position after it.
 
         Up to `lsn` all must be on the server's disk: also a position alone has an anchor, which a crash would lose.
-        `last_id` is where the batch was cut.
+        `last_id` is where the batch was cut. Seconds of producing, of waiting for the disk, and of committing.
         """
+        began = time.monotonic()
         if part.letters:
             self._check_dead({*self._dead, *((letter.type, letter.key) for letter in part.letters)})
         kafka.begin(watched=self._watched)
@@ -545,7 +563,9 @@ class Shard:
         for entity in part.cleared:
             kafka.clear_dead_letter(*entity)
         kafka.send_position(replace(part.position, at_ms=self._now_ms()).encode())
+        produced = time.monotonic()
         self._source.wait_flushed(lsn)
+        flushed = time.monotonic()
         cut = part.position.cut
         if last_id is not None and cut is not None and cut.last_id == last_id and not self._stop():
             # The batch's last part: while it is committed, the next batch of the same cut is read.
@@ -556,6 +576,7 @@ class Shard:
             if part.messages:
                 raise
             raise _own_refused(fault) from fault
+        return produced - began, flushed - produced, time.monotonic() - flushed
 
     def _narrow(self, kafka: Log, plan: Plan, part: Part, fault: Refused) -> None:
         """Leave out the records that are refused: those that the broker names, or the one that is refused alone."""

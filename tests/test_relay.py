@@ -97,6 +97,19 @@ def test_draining_twice_publishes_once(road: Road) -> None:
     assert len(records(road.kafka, topic)) == 100
 
 
+def test_a_batch_tells_how_old_it_was_and_where_its_time_went(road: Road) -> None:
+    """An operator sees which of the servers it waits for; the steps are a part of the age, the rest is waiting."""
+    road.add_type("user")
+    with road.relay(log_level="debug") as relay:
+        relay.wait_event("relay.holds")
+        road.sql("SELECT outbox.put('user', n::text, '{}') FROM generate_series(1, 100) n")
+        published = relay.wait_event("relay.published")
+    steps = [published[f"{step}_seconds"] for step in ("read", "prepare", "produce", "flush", "commit")]
+    assert all(seconds > 0 for seconds in steps)
+    # Ages are whole milliseconds, by another clock than the steps.
+    assert sum(steps) <= published["age_seconds"] + 0.005
+
+
 def test_tombstones_end_what_was_deleted(road: Road) -> None:
     """Delete, delete then re-create, create then delete between two batches."""
     topic = road.add_type("user")
