@@ -16,12 +16,14 @@ from bench.relay import Relay
 from bench.report import Report, Series
 from bench.servers import Servers, servers
 from bench.topics import Delivered, Timeline
+from bench.txoutbox import Txoutbox
 from bench.workload import Load
 
 NAME = "drain"
 RELAY, COPY, PRODUCER = "relay", "COPY", "ProducerPerformance"
 DEBEZIUM_POLL, DEBEZIUM_INTERVAL = "debezium-poll", "debezium-interval"
-PEERS = (RELAY, DEBEZIUM_POLL, DEBEZIUM_INTERVAL, COPY, PRODUCER)
+TXOUTBOX, TXOUTBOX_2 = "txoutbox", "txoutbox-2"
+PEERS = (RELAY, DEBEZIUM_POLL, DEBEZIUM_INTERVAL, TXOUTBOX, TXOUTBOX_2, COPY, PRODUCER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ def contenders(servers: Servers, chosen: Sequence[str]) -> list[Contender]:
         RELAY: lambda: Relay(servers),
         DEBEZIUM_POLL: lambda: Debezium(servers, connect, boundary="poll"),
         DEBEZIUM_INTERVAL: lambda: Debezium(servers, connect, boundary="interval"),
+        TXOUTBOX: lambda: Txoutbox(servers),
+        TXOUTBOX_2: lambda: Txoutbox(servers, processes=2),
     }
     found: list[Contender] = []
     for name in chosen:
