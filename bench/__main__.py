@@ -21,6 +21,7 @@ from devstack.processes import ServerError
 
 PARTS: Mapping[str, str] = {
     "drain": "bench.drain",
+    "latency": "bench.latency",
 }
 """Each part's module: it has `run(options) -> Report`, and says what it is in the first line of its docstring."""
 
@@ -34,17 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=_positive, default=5, help="rounds whose figures count (default 5)")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before them (default 1)")
     parser.add_argument("--seconds", type=float, default=600, help="the most that one contender may take in one round")
+    parser.add_argument("--stage-seconds", type=float, help="how long a steady load, or idleness, is watched")
     parser.add_argument("--peers", help="whom to measure, with commas; default: all")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the servers' directories and logs")
     chosen = parser.parse_args(given)
     module = importlib.import_module(PARTS[chosen.part])
+    if chosen.stage_seconds is None:
+        chosen.stage_seconds = getattr(module, "STAGE_SECONDS", 20.0)
     options = Options(
         command=shlex.join(["python", "-m", "bench", *given]),
         entries=chosen.entries,
         rounds=chosen.rounds,
         warm_up=chosen.warm_up,
         seconds=chosen.seconds,
+        stage_seconds=chosen.stage_seconds,
         peers=chosen.peers.split(",") if chosen.peers else module.PEERS,
         keep=chosen.keep,
         view=View(),

@@ -15,13 +15,16 @@ from bench.view import View
 
 @dataclass(frozen=True)
 class Options:
-    """The command line, read. `seconds` is the most that one contender may take in one round."""
+    """The command line, read. `seconds` is the most that one contender may take in one round;
+    `stage_seconds` is how long a steady load, or nothing at all, is watched.
+    """
 
     command: str
     entries: int
     rounds: int
     warm_up: int
     seconds: float
+    stage_seconds: float
     peers: Sequence[str]
     keep: bool = False
     view: View = field(default_factory=View)

@@ -78,7 +78,7 @@ class Relay:
 
     def begin(self) -> None:
         """Start the process."""
-        self._told = self._log.stat().st_size if self._log.exists() else 0
+        self.mark()
         self._child = Child([str(PROGRAM), "relay"], log=self._log, cwd=self._servers.directory, env=self._environment)
 
     def end(self) -> None:
@@ -111,8 +111,12 @@ class Relay:
         """As the Python writer has it, but for its checks."""
         return "INSERT INTO outbox.entries (type, key, state) VALUES ('thing', %s, convert_to(%s, 'UTF8'))"
 
+    def mark(self) -> None:
+        """Leave out of `events` and `details` what it has logged so far."""
+        self._told = self._log.stat().st_size if self._log.exists() else 0
+
     def events(self, name: str) -> Iterator[Mapping[str, Any]]:
-        """The events of this kind that it has logged since it began."""
+        """The events of this kind that it has logged since it began, or since the mark."""
         with self._log.open("rb") as log:
             log.seek(self._told)
             for line in log:
