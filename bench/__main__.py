@@ -21,7 +21,9 @@ from devstack.processes import ServerError
 
 PARTS: Mapping[str, str] = {
     "drain": "bench.drain",
+    "hot": "bench.hot",
     "latency": "bench.latency",
+    "idle": "bench.idle",
 }
 """Each part's module: it has `run(options) -> Report`, and says what it is in the first line of its docstring."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from bench.workload import Load
+from devstack.postgres import Postgres
 
 
 class Contender(Protocol):
@@ -16,6 +17,7 @@ class Contender(Protocol):
 
     name: str
     topic: str
+    postgres: Postgres
     exactly_once: bool
     collapses: bool
 
@@ -49,6 +51,9 @@ class Contender(Protocol):
     @property
     def insert(self) -> str:
         """The statement by which a service writes one row, with `%s` for the key and for the state (a text)."""
+
+    def done(self, load: Load, added: int) -> bool:
+        """Whether all of a load may have been published, as `added` offsets of the topic say, or as it says itself."""
 
     def details(self) -> Mapping[str, float]:
         """Of the last round, what it tells of itself."""

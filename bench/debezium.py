@@ -179,8 +179,8 @@ class Debezium:
         self._connect = connect
         self._settings = {**tuning, **BOUNDARIES[boundary]}
         self._boundary = boundary
-        self._postgres = servers.postgres(f"postgres-{self._id}", wal_level="logical")
-        self.url = servers.database(self._postgres, "bench")
+        self.postgres = servers.postgres(f"postgres-{self._id}", wal_level="logical")
+        self.url = servers.database(self.postgres, "bench")
 
     def prepare(self) -> None:
         """Make its table, topic, connector, and let it make its replication slot."""
@@ -195,7 +195,7 @@ class Debezium:
                 "tasks.max": "1",
                 "exactly.once.support": "required",
                 "database.hostname": LOOPBACK,
-                "database.port": str(self._postgres.port),
+                "database.port": str(self.postgres.port),
                 "database.user": "postgres",
                 "database.password": "",
                 "database.dbname": "bench",
@@ -255,12 +255,16 @@ class Debezium:
     @property
     def trees(self) -> Mapping[str, int]:
         """Its PostgreSQL server, and the broker."""
-        return {"PostgreSQL": self._postgres.pid, "Kafka": self._servers.kafka.pid}
+        return {"PostgreSQL": self.postgres.pid, "Kafka": self._servers.kafka.pid}
 
     @property
     def insert(self) -> str:
         """As documented, without the delete that usually follows."""
         return "INSERT INTO outbox (aggregatetype, aggregateid, type, payload) VALUES ('thing', %s, 'changed', %s)"
+
+    def done(self, load: Load, added: int) -> bool:
+        """A record for each row."""
+        return added >= load.entries
 
     def details(self) -> Mapping[str, float]:
         """It tells nothing."""

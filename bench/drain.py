@@ -20,6 +20,7 @@ from bench.txoutbox import Txoutbox
 from bench.workload import Load
 
 NAME = "drain"
+RATE, CPU, MEMORY = "entries/s", "CPU for a million", "peak memory"
 RELAY, COPY, PRODUCER = "relay", "COPY", "ProducerPerformance"
 DEBEZIUM_POLL, DEBEZIUM_INTERVAL = "debezium-poll", "debezium-interval"
 TXOUTBOX, TXOUTBOX_2 = "txoutbox", "txoutbox-2"
@@ -50,12 +51,11 @@ def drain_once(
     began = time.monotonic()
     contender.begin()
     started = {name: pid for name, pid in contender.pids.items() if name not in warm}
-    least = load.keys if contender.collapses else load.entries
     timeline = servers.topics.watch(
         contender.topic,
         starts,
         began=began,
-        done=lambda added: added >= least,
+        done=lambda added: contender.done(load, added),
         seconds=seconds,
     )
     # A process of this round alone is counted from its start, one that was warm from the start signal.
@@ -148,54 +148,60 @@ def _keep(
         reached.setdefault(name, []).append(limit)
 
 
-def _tell(
-    report: Report, options: Options, runs: Mapping[str, list[Run]], reached: Mapping[str, list[limits.Limit]]
-) -> None:
-    """The series and ratios."""
+def tell_runs(report: Report, entries: int, runs: Mapping[str, list[Run]]) -> None:
+    """The series of each contender."""
 
     def add(who: str, what: str, unit: str, values: Sequence[float], digits: int = 0) -> None:
         report.series.append(Series(who, what, unit, values, digits))
 
-    per_million = 1_000_000 / options.entries
+    per_million = 1_000_000 / entries
     for who, rounds in runs.items():
-        add(who, "entries/s", "", [one.timeline.steady_rate(options.entries) for one in rounds])
+        add(who, RATE, "", [one.timeline.steady_rate(entries) for one in rounds])
         add(who, "until all can be read", "s", [one.timeline.seconds for one in rounds], 2)
-        add(who, "CPU for a million", "s", [one.own_cpu * per_million for one in rounds], 2)
-        add(who, "peak memory", "MB", [one.peak_bytes / 1e6 for one in rounds])
+        add(who, CPU, "s", [one.own_cpu * per_million for one in rounds], 2)
+        add(who, MEMORY, "MB", [one.peak_bytes / 1e6 for one in rounds])
         for server in ("PostgreSQL", "Kafka"):
             add(who, f"{server}'s CPU", "s", [one.cpu[server] * per_million for one in rounds], 2)
         add(who, "records", "", [float(one.delivered.records) for one in rounds])
+    report.chart = RATE
+
+
+def _tell(
+    report: Report, options: Options, runs: Mapping[str, list[Run]], reached: Mapping[str, list[limits.Limit]]
+) -> None:
+    """The series and ratios."""
+    per_million = 1_000_000 / options.entries
+    tell_runs(report, options.entries, runs)
     for who, of_limit in reached.items():
-        add(who, "entries/s", "", [one.rate for one in of_limit])
-        add(who, "CPU for a million", "s", [one.usage.cpu_seconds * per_million for one in of_limit], 2)
-    report.chart = "entries/s"
+        report.series.append(Series(who, RATE, "", [one.rate for one in of_limit]))
+        cpu = [one.usage.cpu_seconds * per_million for one in of_limit]
+        report.series.append(Series(who, CPU, "s", cpu, 2))
     if RELAY not in runs:
         return
-    rate = report.of(RELAY, "entries/s")
+    rate = report.of(RELAY, RATE)
     if COPY in reached and PRODUCER in reached:
-        both = zip(report.of(COPY, "entries/s"), report.of(PRODUCER, "entries/s"), strict=True)
+        both = zip(report.of(COPY, RATE), report.of(PRODUCER, RATE), strict=True)
         report.ratio("rate: relay / lower limit", rate, [min(pair) for pair in both], aim=0.6)
     for who in runs:
         if who == RELAY:
             continue
         debezium = who.startswith("Debezium")
-        report.ratio(f"rate: relay / {who}", rate, report.of(who, "entries/s"), aim=4 if debezium else None)
-        for figure, aim in (("CPU for a million", 0.2), ("peak memory", 0.1)):
-            report.ratio(
-                f"{figure}: relay / {who}",
-                report.of(RELAY, figure),
-                report.of(who, figure),
-                aim=aim if debezium else None,
-                at_least=False,
-            )
-    steps = [_shares(one.details) for one in runs[RELAY]]
-    if steps and steps[0]:
-        middle = {name: sorted(step[name] for step in steps)[len(steps) // 2] for name in steps[0]}
-        report.notes.append(
-            "The relay's own steps, seconds for a million entries (reading goes on beside the commit of the batch "
-            "before it): " + ", ".join(f"{name} {value * per_million:.2f}" for name, value in middle.items()) + "."
-        )
+        report.ratio(f"rate: relay / {who}", rate, report.of(who, RATE), aim=4 if debezium else None)
+        for figure, aim in ((CPU, 0.2), (MEMORY, 0.1)):
+            mine, theirs = report.of(RELAY, figure), report.of(who, figure)
+            report.ratio(f"{figure}: relay / {who}", mine, theirs, aim=aim if debezium else None, at_least=False)
+    peak = report.of(RELAY, MEMORY)
+    report.ratio("peak memory: relay / 120 MB", peak, [120.0] * len(peak), aim=1, at_least=False)
+    steps = [_steps(one.details) for one in runs[RELAY]]
+    middle = {name: sorted(step[name] for step in steps)[len(steps) // 2] * per_million for name in steps[0]}
+    report.notes.append(
+        "The relay's own steps, seconds for a million entries (reading goes on beside the commit of the batch before "
+        "it): " + ", ".join(f"{name} {value:.2f}" for name, value in middle.items()) + "."
+    )
+    batches = runs[RELAY][-1].details["transactions"]
+    report.notes.append(f"The relay wrote {options.entries:,} entries in {batches:,.0f} transactions.")
 
 
-def _shares(details: Mapping[str, float]) -> dict[str, float]:
-    return {name.removesuffix("_seconds"): value for name, value in details.items() if name.endswith("_seconds")}
+def _steps(details: Mapping[str, float]) -> dict[str, float]:
+    names = ("read", "prepare", "produce", "flush", "commit")
+    return {name: details.get(f"{name}_seconds", 0.0) for name in names}

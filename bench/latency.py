@@ -119,7 +119,7 @@ class Traffic:
         )
 
 
-def _alive(servers: Servers, contender: Contender, seconds: float) -> None:
+def wait_alive(servers: Servers, contender: Contender, seconds: float) -> None:
     """Wait until a change goes through: then it is started, and its servers know of it."""
     before = sum(servers.topics.ends(contender.topic).values())
     with psycopg.connect(contender.url) as connection:
@@ -145,7 +145,7 @@ def run(options: Options) -> Report:
         view.step("starting the servers")
         those = stack.enter_context(servers(stack.enter_context(options.work())))
         traffic = Traffic(those, options.stage_seconds)
-        peers = _contenders(those, options.peers)
+        peers = contenders(those, options.peers)
         topics = ("bench.bare", "bench.bare-positions")
         if BARE in options.peers:
             those.topics.make(topics[0])
@@ -155,7 +155,7 @@ def run(options: Options) -> Report:
             place = number % len(peers) if peers else 0
             for peer in peers[place:] + peers[:place]:
                 peer.begin()
-                _alive(those, peer, options.seconds)
+                wait_alive(those, peer, options.seconds)
                 for stage in STAGES:
                     one = _stage(traffic, peer, stage)
                     view.step(_shown(peer.name, stage, one))
@@ -173,7 +173,8 @@ def run(options: Options) -> Report:
     return report
 
 
-def _contenders(servers: Servers, chosen: Sequence[str]) -> list[Contender]:
+def contenders(servers: Servers, chosen: Sequence[str]) -> list[Contender]:
+    """Those that were chosen, prepared, tuned for latency."""
     connect = Connect(servers)
     servers.stack.callback(connect.close)
     makers: dict[str, Callable[[], Contender]] = {

@@ -90,7 +90,7 @@ class Topics:
                 last = (now, added)
                 first = first or last
                 told(added)
-            if first is not None and done(added) and now - last[0] > _QUIET_SECONDS:
+            if first is not None and now - last[0] > _QUIET_SECONDS and done(added):
                 return Timeline(began, first[0], first[1], last[0], added)
             if now - began > seconds:
                 raise ServerError(f"{added} offsets were added to {name} in {seconds:g} s, and it was to be more.")

@@ -31,8 +31,8 @@ class Txoutbox:
         self._servers = servers
         self._processes = processes
         self._notify = notify
-        self._postgres = servers.postgres("postgres")
-        self.url = servers.database(self._postgres, f"bench_{self._id.replace('-', '_')}")
+        self.postgres = servers.postgres("postgres")
+        self.url = servers.database(self.postgres, f"bench_{self._id.replace('-', '_')}")
         self._log = servers.directory / f"{self._id}.log"
         self._children: list[Child] = []
 
@@ -88,12 +88,16 @@ class Txoutbox:
     @property
     def trees(self) -> Mapping[str, int]:
         """Its PostgreSQL server, and the broker."""
-        return {"PostgreSQL": self._postgres.pid, "Kafka": self._servers.kafka.pid}
+        return {"PostgreSQL": self.postgres.pid, "Kafka": self._servers.kafka.pid}
 
     @property
     def insert(self) -> str:
         """As its own `insert` has it, without headers."""
         return f"INSERT INTO outbox (topic, key, payload) VALUES ('{self.topic}', %s, convert_to(%s, 'UTF8'))"
+
+    def done(self, load: Load, added: int) -> bool:
+        """A record for each row."""
+        return added >= load.entries
 
     def details(self) -> Mapping[str, float]:
         """It tells nothing."""
