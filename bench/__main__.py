@@ -14,6 +14,7 @@ from typing import NoReturn
 import psycopg
 from confluent_kafka import KafkaException
 
+from bench import document
 from bench.options import Options
 from bench.report import Report
 from bench.view import View
@@ -25,14 +26,19 @@ PARTS: Mapping[str, str] = {
     "latency": "bench.latency",
     "idle": "bench.idle",
 }
-"""Each part's module: it has `run(options) -> Report`, and says what it is in the first line of its docstring."""
+"""Each part's module: `run(options) -> Report`, `PEERS` (whom it can measure) and, if it has one, `STAGE_SECONDS`."""
+REPORT = "report"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, show; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("part", choices=list(PARTS), help="what to measure")
+    parser.add_argument(
+        "part",
+        choices=[*PARTS, REPORT],
+        help=f"what to measure; {REPORT}: write docs/performance.md from what was measured last",
+    )
     parser.add_argument("--entries", type=_positive, default=1_000_000, help="rows in one round (default 1,000,000)")
     parser.add_argument("--rounds", type=_positive, default=5, help="rounds whose figures count (default 5)")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before them (default 1)")
@@ -42,6 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the servers' directories and logs")
     chosen = parser.parse_args(given)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _report() if chosen.part == REPORT else _measure(chosen, given)
+    except (ServerError, KafkaException, psycopg.Error) as error:
+        print(f"The benchmark failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped; nothing is left behind.", file=sys.stderr)
+        return 130
+
+
+def _report() -> int:
+    written = document.write(list(PARTS))
+    print(f"{document.PAGE}: {', '.join(written) or 'no part has been measured'}", file=sys.stderr)
+    return 0
+
+
+def _measure(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     module = importlib.import_module(PARTS[chosen.part])
     if chosen.stage_seconds is None:
         chosen.stage_seconds = getattr(module, "STAGE_SECONDS", 20.0)
@@ -56,15 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep=chosen.keep,
         view=View(),
     )
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        report: Report = module.run(options)
-    except (ServerError, KafkaException, psycopg.Error) as error:
-        print(f"The benchmark failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped; nothing is left behind.", file=sys.stderr)
-        return 130
+    report: Report = module.run(options)
     file = report.save()
     options.view.result(report.markdown())
     options.view.step(f"kept in {file}")
