@@ -23,7 +23,7 @@ setup: ## install everything (a second run takes no time)
 
 # hatchling builds the project itself and is not a dependency of it; without it the editable install would
 # fetch an unpinned one.
-lock: setup ## pin the Python packages anew in requirements-dev.lock
+lock: setup ## pin the Python packages anew, in requirements-dev.lock and bench/requirements.lock
 	@test -x .stack/uv/bin/uv || { $(PYTHON) -m venv .stack/uv && .stack/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); }
 	@echo 'hatchling>=1.27' | .stack/uv/bin/uv pip compile pyproject.toml - --extra relay --group dev \
 	  --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
@@ -69,5 +69,5 @@ lint: setup ## check format, style and which module may import which
 types: setup ## check the types, strictly
 	$(VENV)/mypy
 
-clean: down ## remove what was installed and made: .venv, .stack and the tools' caches
-	@rm -rf .venv .stack .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+clean: down ## remove what was installed, made and measured: .venv, .stack, .bench and the tools' caches
+	@rm -rf .venv .stack .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

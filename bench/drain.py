@@ -198,6 +198,11 @@ def _tell(
         "The relay's own steps, seconds for a million entries (reading goes on beside the commit of the batch before "
         "it): " + ", ".join(f"{name} {value:.2f}" for name, value in middle.items()) + "."
     )
+    report.notes.append(
+        "The relay's CPU time has its start in it; the worker of Kafka Connect is warm and counted from the resumption "
+        "on. Debezium's connectors share that worker, whose peak is that of all rounds, with the heap that Kafka's "
+        "script gives it."
+    )
     batches = runs[RELAY][-1].details["transactions"]
     report.notes.append(f"The relay wrote {options.entries:,} entries in {batches:,.0f} transactions.")
 
