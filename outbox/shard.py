@@ -545,9 +545,7 @@ class Shard:
         )
         return step
 
-    def _commit(
-        self, kafka: Log, part: Part, lsn: str, *, last_id: int | None = None
-    ) -> tuple[float, float, float]:
+    def _commit(self, kafka: Log, part: Part, lsn: str, *, last_id: int | None = None) -> tuple[float, float, float]:
         """One Kafka transaction: a part of a batch and the position after it.
 
         Up to `lsn` all must be on the server's disk: also a position alone has an anchor, which a crash would lose.
