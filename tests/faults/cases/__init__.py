@@ -18,10 +18,10 @@ CASES: Mapping[str, tuple[Run, int]] = {
     "stall": (relay.stall, 5),
     "crash": (postgres.crash, 21),
     "line": (postgres.line, 20),
-    "answers": (kafka.lost_answers, 8),
+    "answers": (kafka.lost_answers, 6),
     "kafka": (kafka.kafka_away, 6),
     "brokers": (kafka.brokers_killed, 4),
-    "fail-over": (copies.fail_over, 3),
+    "fail-over": (copies.fail_over, 2),
     "other-cluster": (copies.other_cluster, 1),
     "transactions": (entries.open_transactions, 1),
     "doorbell": (relay.doorbell, 300),
@@ -38,7 +38,7 @@ CASES: Mapping[str, tuple[Run, int]] = {
     "clock": (postgres.clock, 3),
     "refused": (entries.refused, 5),
     "pruned": (entries.pruned, 10),
-    "pruned-fail-over": (entries.pruned_and_failed_over, 2),
-    "two-shards": (copies.two_shards, 6),
+    "pruned-fail-over": (entries.pruned_and_failed_over, 1),
+    "two-shards": (copies.two_shards, 3),
 }
 """The cases, and how often each injects its faults in a whole run."""

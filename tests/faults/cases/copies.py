@@ -68,7 +68,7 @@ ADOPTING = (WAITING, ADOPTED, NEW_EPOCH)
 def two_shards(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
     """Two shards lose their tail at once, with a transaction prepared; the relay that adopts is killed."""
     for number in range(times):
-        place, promote = ADOPTING[number % len(ADOPTING)], number // len(ADOPTING) % 2 == 0
+        place, promote = ADOPTING[number % len(ADOPTING)], number % 2 == 0
         with Scene(directory, f"shards-{number}", shards=2, doorbell=False, poll_interval="0.2") as scene:
             with scene.load() as load:
                 victim = scene.relay(shard=0) if place == WAITING else scene.victim(place, 1, shard=0)
