@@ -166,18 +166,20 @@ def _read(found: Judgement, records: list[Record], topic: str, truth: Truth, typ
     by_key: dict[str, list[Record]] = defaultdict(list)
     # By key, the greatest version so far, and whether it is of the lost timeline.
     reached: dict[str, tuple[bool, int]] = {}
-    seen: set[int] = set()
+    # By entry, where it is: the broker's own log tells more of it.
+    seen: dict[int, tuple[int, int]] = {}
     for record in records:
         found.records += 1
         key = (record.key or b"").decode()
         number, version = _entry_id(record), _version(record)
         if number in seen:
-            found.find("doubled", f"{topic} {key}: entry {number} is published twice")
+            places = f"partition {record.partition}, offsets {seen[number][1]} and {record.offset}"
+            found.find("doubled", f"{topic} {key}: entry {number} is published twice, in {places}")
         elif by_key[key] and number < _entry_id(by_key[key][-1]):
             found.find("stale", f"{topic} {key}: entry {number} follows {_entry_id(by_key[key][-1])}")
         if by_key[key] and record.partition != by_key[key][-1].partition:
             found.find("stale", f"{topic} {key}: entry {number} is in another partition than the one before")
-        seen.add(number)
+        seen[number] = record.partition, record.offset
         by_key[key].append(record)
         if number > truth.base:
             _compare(found, topic, Entry(type_name, key, version), number, truth)
