@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 from outbox.entity_type import EntityType
 from outbox.entry import Entry
+
+_ENTITY = itemgetter(1, 2)
+_ID = itemgetter(0)
 
 
 def collapse(entries: Sequence[Entry], types: Mapping[str, EntityType]) -> Sequence[Entry]:
@@ -14,16 +18,10 @@ def collapse(entries: Sequence[Entry], types: Mapping[str, EntityType]) -> Seque
     Types with collapse off keep all. A type that is not registered collapses: its entries are dead-lettered, one a key.
     """
     keep_all = {name for name, entity_type in types.items() if not entity_type.collapse}
-    seen: set[tuple[str, str]] = set()
-    kept: list[Entry] = []
-    for entry in reversed(entries):
-        # By index: this runs once an entry, and the rows are plain tuples.
-        entity = (entry[1], entry[2])
-        if entity in seen and entry[1] not in keep_all:
-            continue
-        seen.add(entity)
-        kept.append(entry)
-    if len(kept) == len(entries):
+    # A dictionary keeps the last of equal keys, and makes no step of Python for each entry.
+    last = dict(zip(map(_ENTITY, entries), entries, strict=True))
+    if len(last) == len(entries):
         return entries
-    kept.reverse()
-    return kept
+    if not keep_all:
+        return sorted(last.values(), key=_ID)
+    return [entry for entry in entries if entry[1] in keep_all or last[_ENTITY(entry)] is entry]

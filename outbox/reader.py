@@ -50,7 +50,9 @@ class Reader:
         self._types_version = 0
         self._types: dict[str, EntityType] = {}
         self.identity: Identity | None = None
-        self._ringing = False
+        self._ringing = self._to_unlock = False
+        # All before this place of the write-ahead log was on the disk when the last batch was read.
+        self._flushed_to = 0
         identifier = psycopg_sql.Identifier(config.schema).as_string(None)
         self._sql = {
             name: text.replace("{schema}", identifier)
@@ -100,6 +102,8 @@ class Reader:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+        self._ringing = self._to_unlock = False
+        self._flushed_to = 0
 
     def _identify(self, connection: Connection) -> Identity:
         row = connection.execute(cast("Any", self._sql["identify"])).fetchone()
@@ -173,6 +177,16 @@ class Reader:
         each with an id below which its last entry cannot be; see `Batch.takes_requests`.
         """
         began = time.monotonic()
+        batch, requests = self._fetch(position, wanted=None)
+        if batch.takes_requests and requests:
+            # Seldom: once more, and in one transaction with what the requests want.
+            batch, _ = self._fetch(position, wanted=wanted or (lambda _: {}))
+        return replace(batch, seconds=time.monotonic() - began)
+
+    def _fetch(
+        self, position: Position, *, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]] | None
+    ) -> tuple[Batch, Sequence[Request]]:
+        """A batch and the open requests, in one round trip; or, with `wanted`, with the entries that they want."""
         connection = self._open()
         point, cut = position.point, position.cut
         head_arguments = self._head_arguments(position)
@@ -200,19 +214,27 @@ class Reader:
                     head_cursor = connection.execute(self._query("head"), head_arguments, prepare=True)
                     cursor = connection.cursor(binary=True)
                     cursor.execute(self._query("fresh" if fresh_only else "entries"), arguments, prepare=True)
+                    if wanted is None:
+                        connection.execute("COMMIT")
+                        # Not before: what comes ahead of a BEGIN in a pipeline would be in its transaction.
+                        self._unlock(connection)
+                        flush_cursor = connection.execute(self._query("flush_lsn"), prepare=True)
                 head_row = head_cursor.fetchone()
                 entries = cast("list[Entry]", cursor.fetchall())
                 if head_row is None:
                     raise SchemaError(f"The outbox in {self._where} has no settings any more.")
                 head, requests = self._head(head_row)
                 batch = Batch(position, head, self._types, entries, self._ended_at(entries))
-                if batch.takes_requests and requests:
-                    retained = self._retained(connection, wanted(requests) if wanted else {}, head)
+                if wanted is None:
+                    flushed = flush_cursor.fetchone()
+                    self._flushed_to = _lsn(flushed[0]) if flushed else 0
+                elif batch.takes_requests:
+                    retained = self._retained(connection, wanted(requests), head)
                     batch = replace(batch, requests=requests, retained=retained)
             finally:
                 if not connection.closed and connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
                     connection.execute("COMMIT")
-        return replace(batch, seconds=time.monotonic() - began)
+        return batch, requests
 
     def look(self, position: Position) -> tuple[Head, Mapping[str, EntityType]]:
         """What the database says of itself now, given a position, and the entity types: a batch without its entries."""
@@ -288,6 +310,8 @@ class Reader:
 
         An asynchronous commit is visible before it is; what a crash loses must not have been published.
         """
+        if _lsn(lsn) <= self._flushed_to:
+            return  # the read that brought it has seen it there
         connection = self._open()
         with self._asking():
             if self._flushed(connection, lsn):
@@ -312,17 +336,28 @@ class Reader:
         if self.identity is None or not self.identity.doorbell:
             return False
         with self._asking():
+            self._unlock(self._open())
             row = self._open().execute(self._query("try_bell"), {"bell": self._bell}, prepare=True).fetchone()
         self._ringing = bool(row and row[0])
         return self._ringing
 
-    def release_bell(self) -> None:
-        """Let writers be silent again; must come before the next read."""
+    def release_bell(self, *, now: bool) -> None:
+        """Let writers be silent again: `now`, or in the round trip of the next read, which comes at once.
+
+        A writer that rings meanwhile rings once too often; one that is silent afterwards is seen by the look that comes
+        before every sleep, when the bell is held again.
+        """
         if not self._ringing:
             return
-        self._ringing = False
-        with self._asking():
-            self._open().execute(self._query("release_bell"), {"bell": self._bell}, prepare=True)
+        self._ringing, self._to_unlock = False, True
+        if now:
+            with self._asking():
+                self._unlock(self._open())
+
+    def _unlock(self, connection: Connection) -> None:
+        if self._to_unlock:
+            self._to_unlock = False
+            connection.execute(self._query("release_bell"), {"bell": self._bell}, prepare=True)
 
     @property
     def announced(self) -> str | None:
@@ -382,6 +417,12 @@ class Reader:
 def _size(entry: Sequence[Any]) -> int:
     """As the queries have it: bytes of the state, characters of what else varies, and a share for the rest."""
     return 256 + len(entry[2]) + len(entry[3] or b"") + len(entry[6] or "") + len(entry[7] or "")
+
+
+def _lsn(text: str) -> int:
+    """`16/B374D848` as a number."""
+    high, _, low = text.partition("/")
+    return int(high, 16) << 32 | int(low, 16)
 
 
 def _array(xids: Sequence[int]) -> str:

@@ -173,13 +173,15 @@ class Relay:
             self._wake.wait(self._config.busy_poll_interval if polls_often else self._config.poll_interval)
             reader.hear()
             return
+        found = False
         try:
-            if not self._shard.look_again():
+            found = self._shard.look_again()
+            if not found:
                 reader.show("idle")
                 reader.wait_rung(self._config.poll_interval, self._wake)
         finally:
-            # First be awake, then read: a writer that comes between stays silent and is read.
-            reader.release_bell()
+            # What was found now is published without another read.
+            reader.release_bell(now=found)
 
     def _prune_sometimes(self) -> None:
         """Prune, if it is time; by the committed positions of all shards, like the command."""

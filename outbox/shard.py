@@ -483,8 +483,9 @@ class Shard:
         return caught_up
 
     def _publish(self, kafka: Log, plan: Plan, batch: Batch, *, prepared_in: float) -> Step:
-        # Once a sleep, not once a batch: it is a statement of its own.
-        self._source.show("working")
+        if batch.cut:
+            # Only in a backlog, and once: it is a statement of its own. The status knows a batch by what it finds.
+            self._source.show("working")
         spent = [0.0, 0.0, 0.0]
         dead = 0
         while not plan.finished:
@@ -551,9 +552,15 @@ class Shard:
         Up to `lsn` all must be on the server's disk: also a position alone has an anchor, which a crash would lose.
         `last_id` is where the batch was cut. Seconds of producing, of waiting for the disk, and of committing.
         """
-        began = time.monotonic()
         if part.letters:
             self._check_dead({*self._dead, *((letter.type, letter.key) for letter in part.letters)})
+        began = time.monotonic()
+        self._source.wait_flushed(lsn)
+        flushed = time.monotonic()
+        cut = part.position.cut
+        if last_id is not None and cut is not None and cut.last_id == last_id and not self._stop():
+            # The batch's last part: while it is sent and committed, the next batch of the same cut is read.
+            self._ahead = self._thread.submit(self._read, part.position)
         kafka.begin(watched=self._watched)
         kafka.send_all(part.messages)
         for letter in part.letters:
@@ -562,19 +569,13 @@ class Shard:
             kafka.clear_dead_letter(*entity)
         kafka.send_position(replace(part.position, at_ms=self._now_ms()).encode())
         produced = time.monotonic()
-        self._source.wait_flushed(lsn)
-        flushed = time.monotonic()
-        cut = part.position.cut
-        if last_id is not None and cut is not None and cut.last_id == last_id and not self._stop():
-            # The batch's last part: while it is committed, the next batch of the same cut is read.
-            self._ahead = self._thread.submit(self._read, part.position)
         try:
             kafka.commit()
         except Refused as fault:
             if part.messages:
                 raise
             raise _own_refused(fault) from fault
-        return produced - began, flushed - produced, time.monotonic() - flushed
+        return produced - flushed, flushed - began, time.monotonic() - produced
 
     def _narrow(self, kafka: Log, plan: Plan, part: Part, fault: Refused) -> None:
         """Leave out the records that are refused: those that the broker names, or the one that is refused alone."""

@@ -70,7 +70,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *, calls: bool = True) -> Iterator[
     """Count what is done within the block: SQL statements, Kafka transactions and messages, Python calls."""
     costs = Costs()
     execute, commit = psycopg.Cursor.execute, TransactionalProducer.commit
-    send = TransactionalProducer.send
+    send_all = TransactionalProducer.send_all
 
     def spy_execute(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
         if "wal_flush_lsn" not in str(query) and "emit_message" not in str(query):
@@ -81,16 +81,16 @@ def counted(monkeypatch: pytest.MonkeyPatch, *, calls: bool = True) -> Iterator[
         costs.counts["transactions"] += 1
         commit(producer)
 
-    def spy_send(producer: Any, *arguments: Any) -> None:
-        costs.counts["messages"] += 1
-        send(producer, *arguments)
+    def spy_send_all(producer: Any, messages: Any) -> None:
+        costs.counts["messages"] += len(messages)
+        send_all(producer, messages)
 
     with monkeypatch.context() as patch:
         patch.setattr(psycopg.Cursor, "execute", spy_execute)
         patch.setattr(TransactionalProducer, "commit", spy_commit)
         if not calls:
             # Its wrapper would be one call more for each entry.
-            patch.setattr(TransactionalProducer, "send", spy_send)
+            patch.setattr(TransactionalProducer, "send_all", spy_send_all)
             yield costs
             return
         before = sys.getprofile()

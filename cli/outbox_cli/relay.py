@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -44,6 +45,9 @@ def command(settings: Settings, until_caught_up: bool, timeout: float | None, as
     from outbox.wake import Wake
 
     configure(config)
+    # A batch makes tens of thousands of objects and no cycles: looking for them each 700 took a fifth of the time.
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 20)
     log = logging.getLogger("outbox.relay")
     wake = Wake()
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import Message as Delivered
 
 from outbox.errors import BrokerUnavailableError, ConfigError
 from outbox.kafka.client import ANSWER_SECONDS, SLICE_SECONDS, make
 from outbox.kafka.faults import AWAY, Refused, error_of, translate, unavailable
+from outbox.message import Message
 
 # How long a commit that was begun may go on after the relay was asked to stop.
 _GRACE = 5.0
@@ -120,6 +122,22 @@ class TransactionalProducer:
             else:
                 return
 
+    def send_all(self, messages: Sequence[Message]) -> None:
+        """Send state records, in their order: `send` for each, with no step more than needed while nothing is wrong."""
+        if self._watched:
+            for topic, key, value, headers, created_ms, _ in messages:
+                self.send(topic, key, value, headers, created_ms)
+            return
+        produce = self._producer.produce
+        for topic, key, value, headers, created_ms, _ in messages:
+            try:
+                produce(topic, value, key, headers=headers, timestamp=created_ms)
+            except BufferError:
+                self._make_room()
+                self.send(topic, key, value, headers, created_ms)
+            except KafkaException as exception:
+                raise translate(error_of(exception)) from exception
+
     def send_to(self, topic: str, partition: int, key: bytes, value: bytes | None) -> None:
         """Send a record of the outbox's own, to a partition that is chosen."""
         more: dict[str, Any] = {"on_delivery": partial(self._delivered, None)} if self._watched else {}
@@ -131,7 +149,7 @@ class TransactionalProducer:
         except KafkaException as exception:
             raise translate(error_of(exception)) from exception
 
-    def _delivered(self, place: int | None, error: KafkaError | None, message: Message) -> None:
+    def _delivered(self, place: int | None, error: KafkaError | None, message: Delivered) -> None:
         if error is None:
             return
         where = (message.topic(), message.partition())

@@ -124,9 +124,7 @@ class ShardLog:
 
     def send_all(self, messages: Sequence[Message]) -> None:
         """Send state records; in order for each key."""
-        send = self._open().send
-        for topic, key, value, headers, created_ms, _ in messages:
-            send(topic, key, value, headers, created_ms)
+        self._open().send_all(messages)
 
     def send_position(self, value: bytes) -> None:
         """Send the position, to the shard's own partition."""

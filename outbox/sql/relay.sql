@@ -124,6 +124,10 @@ JOIN unnest(%(types)s::text[], %(keys)s::text[]) AS wanted (type, key) ON e.type
 WHERE e.shard = %(shard)s::smallint AND e.id >= %(from_id)s::bigint AND e.id > %(removed_id)s::bigint
 ORDER BY e.type, e.key, e.id DESC
 
+-- name: flush_lsn
+-- Up to where the write-ahead log is on the server's disk.
+SELECT pg_current_wal_flush_lsn()::text
+
 -- name: flushed
 -- Whether everything up to an LSN is on the server's disk.
 SELECT pg_current_wal_flush_lsn() >= %(lsn)s::pg_lsn
