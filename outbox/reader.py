@@ -383,8 +383,10 @@ class Reader:
 
     def hear(self) -> bool:
         """Take in what was notified: rings of writers, and relays that took a shard; whether there was anything."""
+        connection = self._open()
         with translated(self._where):
-            heard = list(self._open().notifies(timeout=0))
+            # The own announcement comes back, too, and rings for nothing.
+            heard = [n for n in connection.notifies(timeout=0) if n.pid != connection.info.backend_pid]
         for notification in heard:
             if notification.payload.startswith(self._taken):
                 self._announced = notification.payload.removeprefix(self._taken)
