@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import opentelemetry.trace  # noqa: F401  with it the writer asks for a trace: the dearer case, in any order of tests
 import psycopg
 import pytest
 
