@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 from bench.workload import Load
@@ -57,3 +58,15 @@ class Contender(Protocol):
 
     def details(self) -> Mapping[str, float]:
         """Of the last round, what it tells of itself."""
+
+
+def prepared(makers: Mapping[str, Callable[[], Contender]], chosen: Sequence[str], stack: ExitStack) -> list[Contender]:
+    """Those of the makers' contenders that were chosen, in that order, prepared; `stack` closes them."""
+    found: list[Contender] = []
+    for name in chosen:
+        if name in makers:
+            one = makers[name]()
+            stack.callback(one.close)
+            one.prepare()
+            found.append(one)
+    return found

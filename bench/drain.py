@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from bench import install, limits
-from bench.contender import Contender
+from bench.contender import Contender, prepared
 from bench.debezium import Connect, Debezium
 from bench.measure import Meter, usage
 from bench.options import Options
@@ -89,14 +89,7 @@ def contenders(servers: Servers, chosen: Sequence[str]) -> list[Contender]:
         TXOUTBOX: lambda: Txoutbox(servers),
         TXOUTBOX_2: lambda: Txoutbox(servers, processes=2),
     }
-    found: list[Contender] = []
-    for name in chosen:
-        if name in makers:
-            one = makers[name]()
-            servers.stack.callback(one.close)
-            one.prepare()
-            found.append(one)
-    return found
+    return prepared(makers, chosen, servers.stack)
 
 
 def run(options: Options) -> Report:

@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 
 from bench import install
-from bench.contender import Contender
+from bench.contender import Contender, prepared
 from bench.debezium import LATENCY, Connect, Debezium
 from bench.measure import Meter, percentile, wait_for
 from bench.options import Options
@@ -182,14 +182,7 @@ def contenders(servers: Servers, chosen: Sequence[str]) -> list[Contender]:
         DEBEZIUM: lambda: Debezium(servers, connect, tuning=LATENCY),
         TXOUTBOX: lambda: Txoutbox(servers, notify=True),
     }
-    found: list[Contender] = []
-    for name in chosen:
-        if name in makers:
-            one = makers[name]()
-            servers.stack.callback(one.close)
-            one.prepare()
-            found.append(one)
-    return found
+    return prepared(makers, chosen, servers.stack)
 
 
 def _stage(traffic: Traffic, peer: Contender, stage: Stage) -> Latencies:

@@ -136,12 +136,8 @@ class Proxy:
         if not self.kafka:
             line.server.sendall(piece)
             return
-        line.held += piece
-        while len(line.held) >= 6:
-            size = 4 + int.from_bytes(line.held[:4], "big")
-            if len(line.held) < size:
-                return
-            request, line.held = line.held[:size], line.held[size:]
+        requests, line.held = _split(line.held + piece)
+        for request in requests:
             if int.from_bytes(request[4:6], "big") == END_TXN and self.loses == "requests":
                 self.lost += 1
                 line.close()
@@ -155,15 +151,20 @@ class Proxy:
             line.client.sendall(piece)
             return
         # The coordinator's line is quiet but for this: what comes now begins an answer.
-        line.answers += piece
-        while len(line.answers) >= 8:
-            size = 4 + int.from_bytes(line.answers[:4], "big")
-            if len(line.answers) < size:
-                return
-            answer, line.answers = line.answers[:size], line.answers[size:]
+        answers, line.answers = _split(line.answers + piece)
+        for answer in answers:
             if answer[4:8] == line.waits_for:
                 # It is done: the broker would not answer before.
                 self.lost += 1
                 line.close()
                 return
             line.client.sendall(answer)
+
+
+def _split(held: bytes) -> tuple[list[bytes], bytes]:
+    """The whole messages of Kafka's protocol at the beginning, each after its size, and what is left."""
+    whole = []
+    while len(held) >= 4 and len(held) >= (size := 4 + int.from_bytes(held[:4], "big")):
+        whole.append(held[:size])
+        held = held[size:]
+    return whole, held

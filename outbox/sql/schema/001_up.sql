@@ -353,21 +353,20 @@ DECLARE
     -- Without a snapshot, at the start of a log, what pruning went past stays left out.
     begun   boolean := (p->>'xmax')::numeric < 9223372036854775807;
     found   boolean;
-BEGIN
-    -- New since the point and not yet done by the cut, or not visible at the cut's end.
-    EXECUTE format($q$
+    -- $3 and $4: the id that all lies above, and the anchor; $5 and $6: the snapshot's xmax and xip.
+    query   text := format($q$
         SELECT EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.id > greatest($3, $4))
             OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.xid >= $5 AND e.id > $3)
             OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.xid = ANY ($6) AND e.id > $3)
-    $q$, part) INTO found USING (p->>'shard')::smallint, upto,
+    $q$, part);
+BEGIN
+    -- New since the point and not yet done by the cut ...
+    EXECUTE query INTO found USING (p->>'shard')::smallint, upto,
         CASE WHEN in_cut THEN (p->'cut'->>'last_id')::bigint ELSE 0 END, (p->>'anchor')::bigint, (p->>'xmax')::xid8,
         ARRAY(SELECT x::xid8 FROM jsonb_array_elements_text(p->'xip') x);
     IF in_cut AND NOT found THEN
-        EXECUTE format($q$
-            SELECT EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.id > greatest($3, $4))
-                OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.xid >= $5 AND e.id > $3)
-                OR EXISTS (SELECT FROM %1$s e WHERE e.shard = $1 AND e.id <= $2 AND e.xid = ANY ($6) AND e.id > $3)
-        $q$, part) INTO found USING (p->>'shard')::smallint, upto,
+        -- ... or not visible at the cut's end.
+        EXECUTE query INTO found USING (p->>'shard')::smallint, upto,
             CASE WHEN begun THEN 0 ELSE (p->>'anchor')::bigint END, (p->'cut'->>'anchor')::bigint,
             (p->'cut'->>'xmax')::xid8, ARRAY(SELECT x::xid8 FROM jsonb_array_elements_text(p->'cut'->'xip') x);
     END IF;
