@@ -24,6 +24,8 @@ PARTS: Mapping[str, str] = {
     "drain": "bench.drain",
     "hot": "bench.hot",
     "latency": "bench.latency",
+    "owner": "bench.owner",
+    "growth": "bench.growth",
     "idle": "bench.idle",
 }
 """Each part's module: `run(options) -> Report`, `PEERS` (whom it can measure) and, if it has one, `STAGE_SECONDS`."""

@@ -1,65 +1,52 @@
 """Part 5, growth: does the drain stay as fast when the table has grown, and does publishing leave dead rows?
 
 Each round drains the same number of new entries, by the relay as a user runs it, from a fresh outbox and from ones
-that have a past: 10,000,000 entries retained and published; 100 entity types; a transaction open meanwhile; a ring
-that has gone round a hundred times. The rates are ratios to the fresh one's of the same round. Beside them: rows that
-the server looked at for each entry published, by its own count (it tells whether every query uses its index), dead
-rows, and how long `outbox status` takes.
+that have a past: ten times as many entries retained and published; 100 entity types; a transaction open meanwhile; a
+ring that has gone round a hundred times. The rates are ratios to the fresh one's of the same round. Beside them: rows
+that the server looked at for each entry published, by its own count (it tells whether every query uses its index),
+dead rows, and how long `outbox status` takes.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime as dt
 import json
-import os
-import platform
-import random
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+from psycopg import sql
 
-from bench.owner import OUTBOX, RESULTS, SERVER, Spread, command, relay_environment
-from devstack.kafka import Kafka
-from devstack.postgres import Postgres
-from outbox import schema
+from bench.measure import wait_for
+from bench.options import Options
+from bench.relay import Relay
+from bench.report import Report, Series
+from bench.servers import Servers, servers
+from bench.topics import PARTITIONS
+from devstack.processes import ServerError
 
-SLOTS = 12
+NAME = "growth"
+FRESH, RETAINED, TYPES, OPEN, RING = "fresh", "retained", "types", "open", "ring"
+PEERS = (FRESH, RETAINED, TYPES, OPEN, RING)
+RATE = "entries/s"
 AIM = 0.9
+MANY_TYPES = 100
+LAPS = 100
+SLOTS = 12
 STATE = "x" * 220
 """With key, type and the rest an entry of about 280 bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What is run. `entries` are drained in each round; `retained`, `types`, `laps`: how large the past is."""
-
-    rounds: int = 5
-    entries: int = 500_000
-    retained: int = 10_000_000
-    types: int = 100
-    laps: int = 100
-    scenes: Sequence[str] = ("fresh", "retained", "types", "open", "ring")
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
     """One drain: entries a second, what the server counted meanwhile, and the relay's own times.
 
-    `reading` and `committing`: seconds of reading, and of producing and committing; they overlap, since the next batch
-    is read while one is committed.
-
     `looked_at` are rows of the log that were fetched by an index for each entry published, `walked` rows that were
-    read without one, in all.
+    read without one, in all. `reading` and `committing`: seconds of reading, and of producing and committing; they
+    overlap, since the next batch is read while one is committed.
     """
 
     rate: float
@@ -69,87 +56,30 @@ class Drain:
     committing: float
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """One past over all rounds. `dead`: rows that publishing changed or removed, and dead rows in the log's tables."""
-
-    name: str
-    drains: Sequence[Drain]
-    ratio: Spread
-    rows: int
-    size: int
-    dead: Mapping[str, int]
-    status_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """All of the part."""
-
-    scenes: Sequence[Scene]
-    tables: Sequence[Mapping[str, Any]]
-    met: Mapping[str, bool]
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """For the document and the plots."""
-        return {"part": "growth", **asdict(self)}
-
-    def lines(self) -> Iterator[str]:
-        """For people."""
-        yield (
-            f"{'':9} {'rate over fresh':>24} {'entries/s':>10} {'rows/entry':>10} {'walked':>7} {'read s':>7} "
-            f"{'commit s':>8}"
-        )
-        for scene in self.scenes:
-            rate, reading, committing = (
-                statistics.median(getattr(drain, name) for drain in scene.drains)
-                for name in ("rate", "reading", "committing")
-            )
-            looked_at = max(drain.looked_at for drain in scene.drains)
-            walked = max(drain.walked for drain in scene.drains)
-            yield (
-                f"{scene.name:9} {scene.ratio!s:>24} {rate:10.0f} {looked_at:10.2f} {walked:7} {reading:7.2f} "
-                f"{committing:8.2f}  {scene.rows:,} rows, {scene.size / 1e9:.2f} GB, {sum(scene.dead.values())} dead; "
-                f"outbox status {scene.status_seconds:.2f} s"
-            )
-        yield ""
-        for what, met in self.met.items():
-            yield f"{what}: {'met' if met else 'NOT met'}"
-
-
 class Past:
     """An outbox with a past, and its topics. Drained by `drain`, which first writes what there is to drain."""
 
-    def __init__(self, server: Postgres, kafka: Kafka, name: str, *, types: int = 1) -> None:
-        self.server = server
-        self.name = f"{name}{random.randrange(10**6)}"
+    def __init__(self, servers: Servers, name: str, *, types: int = 1) -> None:
         self.types = types
-        with psycopg.connect(server.url(), autocommit=True) as admin:
-            admin.execute(f"CREATE DATABASE {self.name}".encode())
-        self.url = server.url(self.name)
-        self.environment = relay_environment(self.url, kafka.bootstrap, log_level="debug")
-        with psycopg.connect(self.url) as connection:
-            schema.install(connection, schema.Settings(name=self.name, slots=SLOTS))
-            connection.execute(
-                "INSERT INTO outbox.entity_types (name, topic, topic_settings)"
-                " SELECT 'type' || n, %s || n, jsonb_build_object('partitions', %s::int)"
-                " FROM generate_series(0, %s - 1) n",
-                [f"{self.name}.type", 8 if types == 1 else 1, types],
-            )
-        command(self.environment, "topics", "apply", "--yes")
+        self.relay = Relay(servers, name=name)
+        self._database = self.relay.url.rpartition("/")[2]
+        self.relay.prepare(
+            slots=SLOTS,
+            types={f"type{n}": f"{self.relay.topic}.type{n}" for n in range(types)},
+            partitions=PARTITIONS if types == 1 else 1,
+        )
 
     def begin(self) -> None:
         """Publish a little, so that there is a position: the start of a log is read by a simpler query."""
         self.write(10)
-        command(self.environment, "relay", "--until-caught-up")
+        self.relay.command("relay", "--until-caught-up")
 
     # -- what happened before ------------------------------------------------------------------------------------
 
     def retain(self, count: int) -> None:
         """Published entries, in all slots but the one that is being filled."""
         step = 500_000
-        with psycopg.connect(self.url, autocommit=True) as connection:
+        with psycopg.connect(self.relay.url, autocommit=True) as connection:
             for first in range(0, count, step):
                 connection.execute(
                     "INSERT INTO outbox.entries (slot, type, key, state, created_at)"
@@ -175,7 +105,7 @@ class Past:
         # What is beyond everything: all is published, and no entry of the ring is anybody's anchor.
         most = str(2**62)
         position = json.dumps([{"shard": 0, "epoch": 1, "anchor": most, "xmax": most, "xip": [], "cut": None}])
-        with psycopg.connect(self.url, autocommit=True) as connection:
+        with psycopg.connect(self.relay.url, autocommit=True) as connection:
             for _ in range(laps):
                 for slot in range(SLOTS):
                     connection.execute(
@@ -188,198 +118,176 @@ class Past:
                         "SELECT outbox.prune_slot(%s::smallint, %s::jsonb)", [slot, position]
                     ).fetchone()
                     if not pruned or not pruned[0]["pruned"]:
-                        raise RuntimeError(f"slot {slot} was not pruned: {pruned}")
+                        raise ServerError(f"Slot {slot} was not pruned: {pruned}")
 
     # -- a drain -------------------------------------------------------------------------------------------------
 
     def write(self, count: int) -> None:
         """So many new entries of distinct keys, over all types."""
-        with psycopg.connect(self.url) as connection:
+        with psycopg.connect(self.relay.url, autocommit=True) as connection:
             connection.execute(
                 "INSERT INTO outbox.entries (type, key, state)"
                 " SELECT 'type' || n %% %s, 'key' || n, convert_to(%s, 'UTF8') FROM generate_series(1, %s) n",
                 [self.types, STATE, count],
             )
+            # What writing left to be written must not be written while somebody is measured.
+            connection.execute("CHECKPOINT")
 
-    def drain(self, count: int) -> Drain:
+    def drain(self, count: int, seconds: float) -> Drain:
         """Write, then publish; the rate from the moment that the relay holds the shard."""
         self.write(count)
-        before = self.counted()
-        done = subprocess.run(
-            [str(OUTBOX), "relay", "--until-caught-up"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=1800,
-            check=False,
+        before = self._counted()
+        self.relay.begin()
+        wait_for(
+            lambda: sum(event["entries"] for event in self.relay.events("relay.published")) >= count,
+            seconds=seconds,
+            what=f"that all entries of {self.relay.name} are published",
+            pause=0.2,
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"outbox relay failed ({done.returncode}):\n{done.stdout}{done.stderr}")
-        events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-        held = [at(event) for event in events if event.get("event") == "relay.holds"]
-        published = [event for event in events if event.get("event") == "relay.published"]
+        self.relay.end()
+        published = list(self.relay.events("relay.published"))
+        (held,) = self.relay.events("relay.holds")
         entries = sum(event["entries"] for event in published)
         if entries != count:
-            raise RuntimeError(f"{entries} entries were published, {count} were written")
-        after = self.counted()
-        seconds = (at(published[-1]) - held[-1]).total_seconds()
+            raise ServerError(f"{entries} entries of {self.relay.name} were published, {count} were written.")
+        after = self._counted()
+        took = (_at(published[-1]) - _at(held)).total_seconds()
         return Drain(
-            entries / seconds,
+            entries / took,
             (after[0] - before[0]) / count,
             after[1] - before[1],
             sum(event["read_seconds"] for event in published),
-            sum(event["commit_seconds"] for event in published),
+            sum(event["produce_seconds"] + event["commit_seconds"] for event in published),
         )
 
-    def counted(self) -> tuple[int, int]:
+    def _counted(self) -> tuple[int, int]:
         """Rows of the log that indexes led to, and rows that were read without one."""
-        return self.two(
-            "SELECT sum(idx_tup_fetch)::bigint, sum(seq_tup_read)::bigint FROM pg_stat_user_tables"
-            " WHERE schemaname = 'outbox' AND relname LIKE 'entries%'"
-        )
+        indexed, walked = self._sum("idx_tup_fetch", "seq_tup_read")
+        return indexed, walked
+
+    def dead(self) -> int:
+        """Rows of the log that publishing changed or removed, and dead rows, by the server's own count."""
+        return sum(self._sum("n_dead_tup", "n_tup_upd", "n_tup_del"))
+
+    def size(self) -> tuple[int, int]:
+        """How many rows the log has, by statistics, and its bytes."""
+        rows, size = self._sum("n_live_tup", "pg_total_relation_size(relid)")
+        return rows, size
+
+    def _sum(self, *columns: str) -> tuple[int, ...]:
+        """Of columns of `pg_stat_user_tables`, over the log's tables."""
+        chosen = ", ".join(f"coalesce(sum({column}), 0)::bigint" for column in columns)
+        with psycopg.connect(self.relay.url) as connection:
+            row = connection.execute(
+                f"SELECT {chosen} FROM pg_stat_user_tables"
+                " WHERE schemaname = 'outbox' AND relname LIKE 'entries%'".encode()
+            ).fetchone()
+        return tuple(map(int, row or ()))
 
     def status_seconds(self) -> float:
         """How long the command takes, with its start."""
         began = time.monotonic()
-        command(self.environment, "status", "--json")
+        self.relay.command("status", "--json")
         return time.monotonic() - began
-
-    def tables(self) -> list[dict[str, Any]]:
-        """What the server counts of the log's tables."""
-        with psycopg.connect(self.url) as connection:
-            rows = connection.execute(
-                "SELECT relname, n_live_tup, n_dead_tup, n_tup_upd, n_tup_del FROM pg_stat_user_tables"
-                " WHERE schemaname = 'outbox' AND relname LIKE 'entries%' ORDER BY relname"
-            ).fetchall()
-        return [
-            {"past": self.name, "table": name, "live": live, "dead": dead, "updated": updated, "deleted": deleted}
-            for name, live, dead, updated, deleted in rows
-        ]
-
-    def rows(self) -> tuple[int, int]:
-        """How many rows the log has, by statistics, and its size in bytes."""
-        return self.two(
-            "SELECT sum(n_live_tup)::bigint, sum(pg_total_relation_size(relid))::bigint FROM pg_stat_user_tables"
-            " WHERE schemaname = 'outbox' AND relname LIKE 'entries%'"
-        )
-
-    def one(self, query: str) -> Any:
-        """The row of a query."""
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            return connection.execute(query.encode()).fetchone()
-
-    def two(self, query: str) -> tuple[int, int]:
-        """Two numbers of a row."""
-        first, second = self.one(query)
-        return int(first or 0), int(second or 0)
 
     def drop(self) -> None:
         """Give the disk back."""
-        with psycopg.connect(self.server.url(), autocommit=True) as admin:
-            admin.execute(f"DROP DATABASE {self.name} WITH (FORCE)".encode())
+        with psycopg.connect(self.relay.postgres.url(), autocommit=True) as admin:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(self._database)))
 
 
-def at(event: Mapping[str, Any]) -> dt.datetime:
+def _at(event: Mapping[str, Any]) -> dt.datetime:
     """When an event was logged."""
     return dt.datetime.fromisoformat(event["at"])
 
 
-def run(options: Options) -> Result:
-    """Measure."""
-    with ExitStack() as cleanup:
-        place = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="outbox-bench-")))
-        # PostgreSQL may run as another user, who must be able to enter.
-        place.chmod(0o711)
-        server = cleanup.enter_context(Postgres(place / "postgres", options=SERVER))
-        kafka = cleanup.enter_context(Kafka(place / "kafka"))
-        pasts: dict[str, Past] = {}
-        makers: dict[str, Callable[[], Past]] = {
-            "retained": lambda: Past(server, kafka, "retained"),
-            "types": lambda: Past(server, kafka, "types", types=options.types),
-            "open": lambda: Past(server, kafka, "open"),
-            "ring": lambda: Past(server, kafka, "ring"),
-        }
-        for name in options.scenes:
-            if name in makers:
-                print(f"making: {name}", file=sys.stderr)
-                pasts[name] = makers[name]()
-        if "retained" in pasts:
-            pasts["retained"].retain(options.retained)
-        if "ring" in pasts:
-            pasts["ring"].go_round(options.laps)
-        for past in pasts.values():
-            past.begin()
-        if "open" in pasts:
+def run(options: Options) -> Report:
+    """The part."""
+    view = options.view
+    retained = options.entries * 10
+    report = Report(
+        NAME,
+        f"Growth: {options.entries:,} entries drained from an outbox with a past",
+        options.command,
+        {"entries": options.entries, "rounds": options.rounds, "warm-up rounds": options.warm_up},
+    )
+    with ExitStack() as stack:
+        view.step("starting the servers")
+        those = stack.enter_context(servers(stack.enter_context(options.work())))
+        pasts = _pasts(options, those, retained)
+        if OPEN in pasts:
             # It has an entry, and a snapshot that keeps every row that dies from being cleaned up.
-            connection = cleanup.enter_context(psycopg.connect(pasts["open"].url))
+            connection = stack.enter_context(psycopg.connect(pasts[OPEN].relay.url))
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             connection.execute("INSERT INTO outbox.entries (type, key, state) VALUES ('type0', 'open', '{}')")
+        before = {name: past.dead() for name, past in pasts.items()}
         drains: dict[str, list[Drain]] = {}
         fresh: Past | None = None
-        for number in range(options.rounds):
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+        for number in range(-options.warm_up, options.rounds):
+            view.step(f"round {number + 1} of {options.rounds}" if number >= 0 else "warming up")
             if fresh is not None:
                 fresh.drop()
-            fresh = Past(server, kafka, "fresh")
+            fresh = Past(those, f"fresh{number + options.warm_up}")
             fresh.begin()
             # In turn another order: who comes after whom must not tell.
-            turn = ["fresh", *pasts]
+            turn = {FRESH: fresh, **pasts}
             for name in turn if number % 2 == 0 else reversed(turn):
-                past = fresh if name == "fresh" else pasts[name]
-                drains.setdefault(name, []).append(past.drain(options.entries))
-        scenes = list(summed_up({**({"fresh": fresh} if fresh else {}), **pasts}, drains))
-        tables = [table for past in pasts.values() for table in past.tables()]
-        about = {
-            "postgresql": pasts[next(iter(pasts))].one("SELECT current_setting('server_version')")[0] if pasts else "?",
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "options": asdict(options),
-            "server": SERVER,
-        }
-    met = {
-        f"{scene.name}: at least {AIM} of the fresh table's rate": scene.ratio.median >= AIM
-        for scene in scenes
-        if scene.name != "fresh"
-    }
-    met["publishing changes, removes and leaves dead no row"] = not any(sum(scene.dead.values()) for scene in scenes)
-    met["no row of the log is read without an index"] = not any(d.walked for scene in scenes for d in scene.drains)
-    return Result(scenes, tables, met, about)
-
-
-def summed_up(pasts: Mapping[str, Past], drains: Mapping[str, Sequence[Drain]]) -> Iterator[Scene]:
-    """Each past over the rounds."""
-    for name, past in pasts.items():
-        own = drains[name]
-        tables = past.tables()
-        rows, size = past.rows()
-        yield Scene(
-            name,
-            own,
-            Spread.of([drain.rate / beside.rate for drain, beside in zip(own, drains["fresh"], strict=True)]),
-            rows,
-            size,
-            {what: sum(table[what] for table in tables) for what in ("dead", "updated", "deleted")},
-            past.status_seconds(),
+                one = turn[name].drain(options.entries, options.seconds)
+                view.step(f"{name}: {one.rate:,.0f} entries/s, {one.looked_at:.2f} rows looked at for each")
+                if number >= 0:
+                    drains.setdefault(name, []).append(one)
+        last = {**({FRESH: fresh} if fresh is not None else {}), **pasts}
+        for name, of_name in drains.items():
+            _tell(report, name, of_name, last[name])
+        dead = sum(past.dead() - before.get(name, 0) for name, past in last.items())
+        report.notes.append(
+            "Rows of the log that publishing changed, removed or left dead, by pg_stat_user_tables, in all of them: "
+            f"{dead}."
         )
+        report.versions = those.versions()
+    for name in PEERS[1:]:
+        if name in drains:
+            mine, theirs = report.of(f"relay, {name}", RATE), report.of(f"relay, {FRESH}", RATE)
+            report.ratio(f"rate: {name} / {FRESH}", mine, theirs, aim=AIM)
+    report.chart = RATE
+    report.notes += [
+        f"{RETAINED}: {retained:,} published entries are in the table.",
+        f"{TYPES}: {MANY_TYPES} entity types with a topic each.",
+        f"{OPEN}: a transaction with an entry is open from before the first round to after the last one.",
+        f"{RING}: each of its {SLOTS} slots was filled and truncated {LAPS} times before.",
+        "Reading goes on beside the commit of the batch before it.",
+    ]
+    return report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run this part alone."""
-    default = Options()
-    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=(__doc__ or "").split("\n", 1)[0])
-    for name in ("rounds", "entries", "retained", "types", "laps"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help="default %(default)s")
-    parser.add_argument("--scenes", nargs="+", choices=default.scenes, default=list(default.scenes))
-    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
-    chosen = vars(parser.parse_args(arguments))
-    as_json = chosen.pop("json")
-    result = run(Options(**chosen))
-    text = json.dumps(result.as_json(), indent=1)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "growth.json").write_text(text + "\n")
-    print(text if as_json else "\n".join(result.lines()))
-    return 0
+def _pasts(options: Options, those: Servers, retained: int) -> dict[str, Past]:
+    """Those with a past, with it, each with a position."""
+    pasts: dict[str, Past] = {}
+    for name in options.peers:
+        if name != FRESH:
+            options.view.step(f"making the past: {name}")
+            pasts[name] = Past(those, name, types=MANY_TYPES if name == TYPES else 1)
+    if RETAINED in pasts:
+        pasts[RETAINED].retain(retained)
+    if RING in pasts:
+        pasts[RING].go_round(LAPS)
+    for past in pasts.values():
+        past.begin()
+    return pasts
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _tell(report: Report, name: str, drains: list[Drain], past: Past) -> None:
+    def add(figure: str, unit: str, of: Callable[[Drain], float], digits: int) -> None:
+        report.series.append(Series(f"relay, {name}", figure, unit, [of(one) for one in drains], digits))
+
+    add(RATE, "", lambda one: one.rate, 0)
+    add("reading", "s", lambda one: one.reading, 2)
+    add("producing and committing", "s", lambda one: one.committing, 2)
+    add("rows looked at for an entry", "", lambda one: one.looked_at, 2)
+    add("rows read without an index", "", lambda one: float(one.walked), 0)
+    rows, size = past.size()
+    report.series += [
+        Series(f"relay, {name}", "rows at the end", "", [float(rows)]),
+        Series(f"relay, {name}", "size", "GB", [size / 1e9], 2),
+        Series(f"relay, {name}", "outbox status", "s", [past.status_seconds()], 2),
+    ]

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.types.json import Jsonb
 
+from bench.contender import Contender
 from bench.servers import Servers
 from bench.workload import Load
 from devstack.processes import Child, ServerError, tail
@@ -27,12 +30,13 @@ class Relay:
     exactly_once = True
     collapses = True
 
-    def __init__(self, servers: Servers, *, name: str = "relay") -> None:
+    def __init__(self, servers: Servers, *, name: str = "relay", beside: Contender | None = None) -> None:
+        """`beside`: in whose database the outbox is made, instead of one of its own."""
         self.name = name
         self.topic = f"bench.{name}"
         self._servers = servers
-        self.postgres = servers.postgres("postgres")
-        self.url = servers.database(self.postgres, f"bench_{name}")
+        self.postgres = servers.postgres("postgres") if beside is None else beside.postgres
+        self.url = servers.database(self.postgres, f"bench_{name}") if beside is None else beside.url
         self._log = servers.directory / f"{name}.log"
         self._environment = {key: value for key, value in os.environ.items() if not key.startswith("OUTBOX_")} | {
             "OUTBOX_DATABASE_URL": self.url,
@@ -45,11 +49,18 @@ class Relay:
         self._child: Child | None = None
         self._told = 0
 
-    def prepare(self) -> None:
-        """Make the outbox, its entity type and the topics."""
+    def prepare(
+        self, *, types: Mapping[str, str] | None = None, partitions: int | None = None, slots: int | None = None
+    ) -> None:
+        """Make the outbox, its entity types (by name, their topics; else one type, `thing`) and the topics."""
+        settings = schema.Settings(name=f"bench-{self.name}")
         with psycopg.connect(self.url) as connection:
-            schema.install(connection, schema.Settings(name=f"bench-{self.name}"))
-            connection.execute("INSERT INTO outbox.entity_types (name, topic) VALUES ('thing', %s)", [self.topic])
+            schema.install(connection, settings if slots is None else replace(settings, slots=slots))
+            for name, topic in (types or {"thing": self.topic}).items():
+                connection.execute(
+                    "INSERT INTO outbox.entity_types (name, topic, topic_settings) VALUES (%s, %s, %s)",
+                    [name, topic, Jsonb({} if partitions is None else {"partitions": partitions})],
+                )
         self.command("topics", "apply", "--yes")
 
     def command(self, *arguments: str) -> str:

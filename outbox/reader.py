@@ -1,16 +1,19 @@
 """The outbox reader: batches by position, from PostgreSQL.
 
 One connection, used by one thread at a time. A batch is one REPEATABLE READ transaction and, without requests, one
-round trip. Reads only; `report` and `adopt` are functions of the schema that the relay's role may call.
+round trip; the batches of a backlog, each read while the one before it is committed, are streamed. Reads only;
+`report` and `adopt` are functions of the schema that the relay's role may call.
 """
 
 from __future__ import annotations
 
 import selectors
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
+from operator import itemgetter
 from typing import Any, cast
 
 import orjson
@@ -29,11 +32,14 @@ from outbox.errors import RelayError, SchemaError, UnsuitableServerError, WrongO
 from outbox.lineage import Head
 from outbox.patience import Patience
 from outbox.ports import Identity
-from outbox.position import Anchor, Position, Snapshot
+from outbox.position import Anchor, Cut, Position, Snapshot
 from outbox.schema import NEWEST, bell_key
 from outbox.wake import Wake
 
 _MOST = 2**63 - 1
+# Rows that the client takes in at once: what a batch may be larger than its limit while it is read.
+_CHUNK_ROWS = 64
+_VARYING = tuple(map(itemgetter, (2, 3, 6, 7)))
 _BACKEND_FLUSHES = 170_000  # from PostgreSQL 17 on, a message can be flushed without a transaction
 
 
@@ -177,6 +183,9 @@ class Reader:
         each with an id below which its last entry cannot be; see `Batch.takes_requests`.
         """
         began = time.monotonic()
+        if position.cut is not None and position.cut.last_id >= position.point.floor:
+            # Nothing can be late any more, and nothing is done for requests.
+            return replace(self._stream(position, position.cut), seconds=time.monotonic() - began)
         batch, requests = self._fetch(position, wanted=None)
         if batch.takes_requests and requests:
             # Seldom: once more, and in one transaction with what the requests want.
@@ -191,16 +200,8 @@ class Reader:
         point, cut = position.point, position.cut
         head_arguments = self._head_arguments(position)
         last_id = cut.last_id if cut else 0
-        to = cut.to.snapshot if cut else None
-        fresh_only = point.snapshot is None or last_id >= point.floor
-        arguments: dict[str, Any] = {
-            "shard": self._shard,
-            "above": max(point.floor, last_id),
-            "upto": cut.to.floor if cut else _MOST,
-            "xmax2": str(to.xmax if to else _MOST),
-            "xip2": _array(to.xip if to else ()),
-        }
-        if not fresh_only and point.snapshot is not None:
+        arguments = self._range(cut, above=max(point.floor, last_id))
+        if point.snapshot is not None:
             arguments |= {
                 "xmax1": str(point.snapshot.xmax),
                 "xip1": _array(point.snapshot.xip),
@@ -213,35 +214,77 @@ class Reader:
                     connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                     head_cursor = connection.execute(self._query("head"), head_arguments, prepare=True)
                     cursor = connection.cursor(binary=True)
-                    cursor.execute(self._query("fresh" if fresh_only else "entries"), arguments, prepare=True)
+                    query = "fresh" if point.snapshot is None else "entries"
+                    cursor.execute(self._query(query), arguments, prepare=True)
                     if wanted is None:
-                        connection.execute("COMMIT")
-                        # Not before: what comes ahead of a BEGIN in a pipeline would be in its transaction.
-                        self._unlock(connection)
-                        flush_cursor = connection.execute(self._query("flush_lsn"), prepare=True)
-                head_row = head_cursor.fetchone()
+                        flush_cursor = self._commit(connection)
+                head, requests = self._head(head_cursor.fetchone())
                 entries = cast("list[Entry]", cursor.fetchall())
-                if head_row is None:
-                    raise SchemaError(f"The outbox in {self._where} has no settings any more.")
-                head, requests = self._head(head_row)
                 batch = Batch(position, head, self._types, entries, self._ended_at(entries))
                 if wanted is None:
-                    flushed = flush_cursor.fetchone()
-                    self._flushed_to = _lsn(flushed[0]) if flushed else 0
+                    self._take_flushed(flush_cursor)
                 elif batch.takes_requests:
                     retained = self._retained(connection, wanted(requests), head)
                     batch = replace(batch, requests=requests, retained=retained)
             finally:
-                if not connection.closed and connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
-                    connection.execute("COMMIT")
+                _end(connection)
         return batch, requests
+
+    def _stream(self, position: Position, cut: Cut) -> Batch:
+        """The next batch of a backlog: read row by row, while the server goes on, up to the limit in bytes."""
+        connection = self._open()
+        arguments = self._range(cut, above=max(position.point.floor, cut.last_id))
+        entries: list[Entry] = []
+        size, more = 0, True
+        with self._asking():
+            try:
+                with connection.pipeline():
+                    connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                    head_cursor = connection.execute(self._query("head"), self._head_arguments(position), prepare=True)
+                head, _ = self._head(head_cursor.fetchone())
+                read = connection.cursor().stream(self._query("backlog"), arguments, binary=True, size=_CHUNK_ROWS)
+                # Closed before its end, it cancels the query.
+                with closing(cast("Generator[Entry]", read)) as rows:
+                    while more and (chunk := list(islice(rows, _CHUNK_ROWS))):
+                        entries += chunk
+                        size += _sizes(chunk)
+                        more = size < self._config.batch_bytes
+                with connection.pipeline():
+                    flush_cursor = self._commit(connection)
+                self._take_flushed(flush_cursor)
+            finally:
+                _end(connection)
+        while not more and size - _size(entries[-1]) >= self._config.batch_bytes:
+            size -= _size(entries.pop())
+        ended = more and len(entries) < self._config.batch_rows
+        return Batch(position, head, self._types, entries, None if ended else entries[-1][0])
+
+    def _range(self, cut: Cut | None, *, above: int) -> dict[str, Any]:
+        """What the queries of entries are asked for; of a cut, what lies between it and its end."""
+        to = cut.to.snapshot if cut else None
+        return {
+            "shard": self._shard,
+            "above": above,
+            "upto": cut.to.floor if cut else _MOST,
+            "xmax2": str(to.xmax if to else _MOST),
+            "xip2": _array(to.xip if to else ()),
+        }
+
+    def _commit(self, connection: Connection) -> psycopg.Cursor[Any]:
+        """End the batch's transaction, in a pipeline; the cursor that is to have the flushed LSN."""
+        connection.execute("COMMIT")
+        # Not before: what comes ahead of a BEGIN in a pipeline would be in its transaction.
+        self._unlock(connection)
+        return connection.execute(self._query("flush_lsn"), prepare=True)
+
+    def _take_flushed(self, cursor: psycopg.Cursor[Any]) -> None:
+        flushed = cursor.fetchone()
+        self._flushed_to = _lsn(flushed[0]) if flushed else 0
 
     def look(self, position: Position) -> tuple[Head, Mapping[str, EntityType]]:
         """What the database says of itself now, given a position, and the entity types: a batch without its entries."""
         with self._asking():
             row = self._open().execute(self._query("head"), self._head_arguments(position)).fetchone()
-        if row is None:
-            raise SchemaError(f"The outbox in {self._where} has no settings any more.")
         return self._head(row)[0], self._types
 
     def _head_arguments(self, position: Position) -> dict[str, Any]:
@@ -259,7 +302,9 @@ class Reader:
         # psycopg takes only literal strings; these come from files.
         return self._sql[name]
 
-    def _head(self, row: Sequence[Any]) -> tuple[Head, list[Request]]:
+    def _head(self, row: Sequence[Any] | None) -> tuple[Head, list[Request]]:
+        if row is None:
+            raise SchemaError(f"The outbox in {self._where} has no settings any more.")
         (snapshot, lsn, timeline, epoch, removed_id, types_version, adopted_from, base_id, found, top_id, top_xid,
          top_created, top_shard, types, requests) = row  # fmt: skip
         if types is not None:
@@ -419,6 +464,18 @@ class Reader:
 def _size(entry: Sequence[Any]) -> int:
     """As the queries have it: bytes of the state, characters of what else varies, and a share for the rest."""
     return 256 + len(entry[2]) + len(entry[3] or b"") + len(entry[6] or "") + len(entry[7] or "")
+
+
+def _sizes(entries: Sequence[Sequence[Any]]) -> int:
+    """The same of several, without a step of Python for each."""
+    varying = sum(sum(map(len, filter(None, map(column, entries)))) for column in _VARYING)
+    return 256 * len(entries) + varying
+
+
+def _end(connection: Connection) -> None:
+    """End a transaction that an error left open."""
+    if not connection.closed and connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+        connection.execute("COMMIT")
 
 
 def _lsn(text: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import document, drain
+from bench import document, drain, growth, owner
 from bench.__main__ import PARTS, main
 from bench.options import Options
 from bench.report import Report
@@ -27,6 +27,32 @@ def test_a_small_drain_delivers_every_entry_and_measures_the_relay_and_the_limit
     assert report.of("relay", "records") == [2000]
     assert all(value > 0 for one in report.series for value in one.values)
     assert {one.contender for one in report.series} == {"relay", "COPY"}
+
+
+@pytest.mark.acceptance
+def test_a_small_growth_drains_outboxes_with_a_past_and_finds_no_row_that_publishing_left_dead() -> None:
+    """Two of the pasts, in one run: a ring that went round, and a transaction that stays open."""
+    report = growth.run(
+        Options("here", entries=200, rounds=1, warm_up=0, seconds=60, stage_seconds=1,
+                peers=(growth.FRESH, growth.OPEN, growth.RING), view=View(quiet=True))
+    )  # fmt: skip
+    assert {one.contender for one in report.series} == {"relay, fresh", "relay, open", "relay, ring"}
+    assert {one.name for one in report.ratios} == {"rate: open / fresh", "rate: ring / fresh"}
+    assert report.of("relay, ring", "rows read without an index") == [0]
+    assert any(note.endswith("in all of them: 0.") for note in report.notes)
+
+
+@pytest.mark.acceptance
+def test_a_small_owner_times_every_variant_beside_the_plain_insert() -> None:
+    """Nothing but stock pgbench, a second a run; the verdicts are for the greatest number of clients."""
+    report = owner.run(
+        Options("here", entries=1, rounds=1, warm_up=0, seconds=60, stage_seconds=1, peers=(owner.OFF, owner.BULK),
+                view=View(quiet=True))
+    )  # fmt: skip
+    titles = {one.title for one in owner.variants()}
+    assert {one.contender.partition(",")[0] for one in report.series} == titles
+    assert all(0 < value < 100 for one in report.series for value in one.values)
+    assert len(report.ratios) == 2 * (3 + 1)
 
 
 def test_a_contender_that_lost_doubled_or_held_back_something_is_refused() -> None:

@@ -70,13 +70,17 @@ class Costs:
 def counted(monkeypatch: pytest.MonkeyPatch, *, calls: bool = True) -> Iterator[Costs]:
     """Count what is done within the block: SQL statements, Kafka transactions and messages, Python calls."""
     costs = Costs()
-    execute, commit = psycopg.Cursor.execute, TransactionalProducer.commit
+    execute, stream, commit = psycopg.Cursor.execute, psycopg.Cursor.stream, TransactionalProducer.commit
     send_all = TransactionalProducer.send_all
 
     def spy_execute(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
         if "wal_flush_lsn" not in str(query) and "emit_message" not in str(query):
             costs.counts["statements"] += 1
         return execute(cursor, query, *arguments, **options)
+
+    def spy_stream(cursor: Any, *arguments: Any, **options: Any) -> Any:
+        costs.counts["statements"] += 1
+        return stream(cursor, *arguments, **options)
 
     def spy_commit(producer: Any) -> None:
         costs.counts["transactions"] += 1
@@ -88,6 +92,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *, calls: bool = True) -> Iterator[
 
     with monkeypatch.context() as patch:
         patch.setattr(psycopg.Cursor, "execute", spy_execute)
+        patch.setattr(psycopg.Cursor, "stream", spy_stream)
         patch.setattr(TransactionalProducer, "commit", spy_commit)
         if not calls:
             # Its wrapper would be one call more for each entry.

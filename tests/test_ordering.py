@@ -256,6 +256,32 @@ def test_a_batch_ends_at_its_limit_in_bytes_but_holds_at_least_one_entry(things:
         assert len(reader.read(start(identity.name, 0, "t", 1, identity.system, 1, 0)).entries) == 1
 
 
+def test_a_streamed_batch_ends_at_the_same_entry_as_one_that_the_server_cuts(things: str) -> None:
+    """The batches of a backlog are cut by the reader, which gives up the rest of a query that still runs."""
+    with psycopg.connect(things) as writer:
+        writer.execute(
+            "INSERT INTO outbox.entries (type, key, state, headers)"
+            " SELECT 'thing', 'k' || n, CASE WHEN n % 50 > 0 THEN convert_to(repeat('x', 50000), 'UTF8') END,"
+            "        CASE WHEN n % 50 = 0 THEN jsonb_build_object('h', repeat('y', 50000)) END"
+            " FROM generate_series(1, 200) n"
+        )
+    sizes: list[int] = []
+    ids: list[int] = []
+    with closing(Reader(Config(database_url=things, batch_bytes=1_000_000), shard=0)) as reader:
+        identity = reader.open()
+        position = start(identity.name, 0, "t", 1, identity.system, 1, 0)
+        while True:
+            batch = reader.read(position)
+            sizes.append(len(batch.entries))
+            ids += [entry[0] for entry in batch.entries]
+            position = batch.next()
+            if not batch.cut:
+                break
+    assert sizes == [20] * 10 + [0]
+    assert ids == sorted(set(ids))
+    assert len(ids) == 200
+
+
 def test_xids_handed_out_again_do_not_hide_an_entry(things: str) -> None:
     """After a crash an entry may bear an xid that the position's snapshot counts as published; its id is greater."""
     with ByPosition(things) as reader, psycopg.connect(things) as writer:

@@ -113,16 +113,19 @@ def log(filled: str, make_database: Callable[..., str]) -> Log:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sent]]:
     """Every statement that is sent within the block."""
     sent: list[Sent] = []
-    execute = psycopg.Cursor.execute
 
-    def spy(cursor: Any, query: Any, params: Any = None, **options: Any) -> Any:
-        text = query.decode() if isinstance(query, bytes) else query
-        if isinstance(text, str):
-            sent.append(Sent(text, dict(params) if isinstance(params, Mapping) else {}, cursor.connection))
-        return execute(cursor, query, params, **options)
+    def spied(send: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(cursor: Any, query: Any, params: Any = None, **options: Any) -> Any:
+            text = query.decode() if isinstance(query, bytes) else query
+            if isinstance(text, str):
+                sent.append(Sent(text, dict(params) if isinstance(params, Mapping) else {}, cursor.connection))
+            return send(cursor, query, params, **options)
+
+        return spy
 
     with monkeypatch.context() as patch:
-        patch.setattr(psycopg.Cursor, "execute", spy)
+        for name in ("execute", "stream"):
+            patch.setattr(psycopg.Cursor, name, spied(getattr(psycopg.Cursor, name)))
         yield sent
 
 

@@ -1,0 +1,81 @@
+"""Stock pgbench, with several scripts in one run: whatever disturbs the machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from devstack.postgres import Postgres
+from devstack.processes import ServerError
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """One script in one run: microseconds of whole transactions."""
+
+    count: int
+    mean: float
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, micros: Sequence[float]) -> Times:
+        """Sum a run up."""
+        ordered = sorted(micros)
+        return cls(
+            len(ordered),
+            statistics.fmean(ordered),
+            ordered[len(ordered) // 2],
+            ordered[min(len(ordered) - 1, math.floor(len(ordered) * 0.99))],
+        )
+
+
+def run(
+    url: str,
+    scripts: Mapping[str, str],
+    *,
+    clients: int,
+    seconds: float,
+    durable: bool,
+    variables: Mapping[str, object],
+    rate: float | None = None,
+) -> dict[str, Times]:
+    """Run the scripts, drawn anew for each transaction; the times of each that was drawn.
+
+    With a `rate` (transactions a second) the time that a transaction waited for its turn is not counted. Raises
+    `ServerError` when a transaction failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="outbox-bench-") as place:
+        directory = Path(place)
+        arguments = ["-n", "-M", "prepared", "-c", str(clients), "-j", str(min(clients, 2)), "-T", f"{seconds:.0f}"]
+        for name, value in variables.items():
+            arguments += ["-D", f"{name}={value}"]
+        for name, script in scripts.items():
+            path = directory / f"{name}.sql"
+            path.write_text(script)
+            arguments += ["-f", str(path)]
+        if rate is not None:
+            arguments += ["-R", f"{rate:g}"]
+        done = subprocess.run(
+            [Postgres.bin("pgbench"), *arguments, "-l", "--log-prefix", str(directory / "log"), url],
+            env={**os.environ, "PGOPTIONS": f"-c synchronous_commit={'on' if durable else 'off'}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0 or "aborted" in done.stderr:
+            raise ServerError(f"pgbench failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        micros: dict[int, list[float]] = {}
+        for path in directory.glob("log.*"):
+            for line in path.read_text().splitlines():
+                # client, number, time, script, epoch, microseconds of it, and with a rate: how late it began
+                parts = line.split()
+                late = float(parts[6]) if rate is not None else 0.0
+                micros.setdefault(int(parts[3]), []).append(float(parts[2]) - late)
+    return {name: Times.of(micros[number]) for number, name in enumerate(scripts) if number in micros}
