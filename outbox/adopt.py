@@ -44,11 +44,5 @@ def look(config: Config, connection: Connection, name: str) -> Prospect:
 
 def adopt(config: Config, prospect: Prospect) -> int:
     """Adopt; the epoch in force afterwards."""
-    systems = prospect.systems
-    return adopt_log(
-        config,
-        expected_epoch=prospect.epoch,
-        positions=prospect.positions,
-        # The relay accepts another cluster only where a person gave up this one.
-        from_system=systems[-1] if systems else None,
-    )
+    # The relay accepts another cluster only where a person gave up the one that it knows.
+    return adopt_log(config, expected_epoch=prospect.epoch, positions=prospect.positions, from_systems=prospect.systems)

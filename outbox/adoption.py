@@ -29,13 +29,13 @@ def adopt_log(
     *,
     expected_epoch: int,
     positions: Sequence[Position],
-    from_system: str | None,
+    from_systems: Sequence[str] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Adopt the log, unless somebody did already; the epoch in force afterwards.
 
     `positions` are those of all shards: new ids lie above the greatest of their anchors, the new epoch above theirs.
-    `from_system` is the cluster whose positions are given up, when a person decided that (None: the same cluster).
+    `from_systems` are the clusters whose positions are given up, when a person decided that (none: the same cluster).
 
     Waits for writers no longer than `lock_timeout`, a number of times (or until `stop()` is true), and lets them write
     for as long between; then raises `DatabaseUnavailableError`, and the caller tries again.
@@ -64,7 +64,7 @@ def adopt_log(
                             "epoch": expected_epoch,
                             "floor": floor,
                             "least_epoch": least_epoch,
-                            "from_system": from_system,
+                            "from_systems": list(from_systems),
                         },
                     ).fetchone()
                 epoch, entries = row or (expected_epoch, None)

@@ -5,6 +5,7 @@ Pure decisions; the reader brings what the database says, the relay does what is
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
@@ -26,9 +27,8 @@ class Head:
 
     `anchor_found`: the row of the position's anchor is there, unchanged (true when the position has none).
     `top`: the greatest entry visible, None in an empty table. `insert_lsn`: what must be on disk before anything
-    that the snapshot sees is published. `system` is None where the server hides its identifier. `adopted_from` is the
-    cluster whose positions were given up when the log was last adopted by a person, None otherwise. The ids of this
-    epoch lie above `base_id`.
+    that the snapshot sees is published. `system` is None where the server hides its identifier. `adopted_from` are
+    the clusters whose positions were given up when a person adopted the log. The ids of this epoch lie above `base_id`.
     """
 
     snapshot: Snapshot
@@ -40,7 +40,7 @@ class Head:
     types_version: int
     anchor_found: bool
     top: Anchor | None
-    adopted_from: str | None = None
+    adopted_from: Collection[str] = ()
     base_id: int = 0
 
     @property
@@ -52,7 +52,7 @@ class Head:
 def judge(position: Position, head: Head) -> Verdict:
     """Compare a position with the database as of a batch's snapshot."""
     elsewhere = position.system is not None and head.system is not None and position.system != head.system
-    if head.epoch > position.epoch and (not elsewhere or head.adopted_from == position.system):
+    if head.epoch > position.epoch and (not elsewhere or position.system in head.adopted_from):
         # Whoever adopted knew the positions that were committed then; a batch of the lost tail may have been committed
         # after them, with ids that would be given a second time.
         return Verdict.ADOPTED if floor_of([position]) <= head.base_id else Verdict.LOST_TAIL

@@ -84,6 +84,10 @@ class Log(Protocol):
     def in_transaction(self) -> bool:
         """Whether a transaction was begun and neither committed nor aborted."""
 
+    @property
+    def outdated(self) -> bool:
+        """Whether `check` has found limits that the producer was not made for: it is to be renewed."""
+
     def check(self, types: Mapping[str, EntityType], *, shards: int) -> Mapping[str, TopicError]:
         """Look at all topics; by topic, what is wrong with those of states. The outbox's own: `TopicError`."""
 
@@ -91,7 +95,7 @@ class Log(Protocol):
         """Fence any other holder, and end what it left open."""
 
     def renew(self) -> None:
-        """Take a fresh producer."""
+        """Take a fresh producer. As `take`, it fences every other holder: the position tells whether there was one."""
 
     def probe(self, messages: Sequence[Message]) -> Mapping[int, str]:
         """Find out which of some messages are refused, by their places, and why; renew it afterwards."""
@@ -140,5 +144,5 @@ class OpenLog(Protocol):
 class Adopt(Protocol):
     """Makes the retained log new, unless somebody did already; see `outbox.adoption.adopt_log`."""
 
-    def __call__(self, *, expected_epoch: int, positions: Sequence[Position], from_system: str | None) -> int:
+    def __call__(self, *, expected_epoch: int, positions: Sequence[Position]) -> int:
         """The epoch in force afterwards."""

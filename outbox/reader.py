@@ -328,8 +328,9 @@ class Reader:
     def _ended_at(self, entries: Sequence[Entry]) -> int | None:
         if len(entries) >= self._config.batch_rows:
             return entries[-1][0]
-        # The same sum as the query's, which has left out what comes after it went over the limit.
-        if entries and sum(map(_size, entries)) >= self._config.batch_bytes:
+        # The query has left out what comes after its sum went over the limit; taken for cut when it was not, a batch is
+        # followed by an empty one.
+        if entries and sum(map(_most, entries)) >= self._config.batch_bytes:
             return entries[-1][0]
         return None
 
@@ -464,6 +465,11 @@ class Reader:
 def _size(entry: Sequence[Any]) -> int:
     """As the queries have it: bytes of the state, characters of what else varies, and a share for the rest."""
     return 256 + len(entry[2]) + len(entry[3] or b"") + len(entry[6] or "") + len(entry[7] or "")
+
+
+def _most(entry: Sequence[Any]) -> int:
+    """What the queries may have it for: to a server without an encoding (SQL_ASCII) a byte is a character."""
+    return _size(entry) + 3 * (len(entry[2]) + len(entry[6] or "") + len(entry[7] or ""))
 
 
 def _sizes(entries: Sequence[Sequence[Any]]) -> int:

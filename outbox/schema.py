@@ -199,7 +199,7 @@ def grants(schema: str, *, writers: Sequence[str] = (), relay: str | None = None
         yield f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA {s} TO {role}"
         for function in (
             "prune_slot(smallint, jsonb)",
-            "adopt(bigint, bigint, bigint, text)",
+            "adopt(bigint, bigint, bigint, text[])",
             "report(bigint, smallint, jsonb)",
             "shard_of(text, text)",
         ):

@@ -7,6 +7,7 @@ read again. docs/architecture.md draws the whole.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import time
@@ -240,6 +241,7 @@ class Shard:
             before, _ = self._look_from(kafka, identity)
             if before is not None and self._has_held and before.token != self._token:
                 raise self._superseded()
+            former = before.token if before is not None else None
             kafka.take()
             found, head = self._look_from(kafka, identity)
             if found is None:
@@ -354,6 +356,17 @@ class Shard:
             cure="Run one relay a shard. If this one is to publish, stop the other and start it again.",
         )
 
+    def _renew(self, kafka: Log) -> None:
+        """Take a fresh producer in the middle of a step.
+
+        It fences whoever has taken the shard since: then the position bears another token, and to go on from what is
+        in memory would publish again what the successor has published.
+        """
+        kafka.renew()
+        value = kafka.read_position()
+        if value is not None and Position.decode(value).token != self._token:
+            raise self._superseded()
+
     def settle(self) -> None:
         """Wait until consumers see what was committed.
 
@@ -361,7 +374,9 @@ class Shard:
         given only afterwards. Whoever drains and then reads finds everything.
         """
         if self._kafka is not None:
-            self._kafka.renew()
+            # Somebody else who takes it at the same moment waits for the same.
+            with contextlib.suppress(Fault):
+                self._kafka.renew()
 
     def committed_positions(self) -> list[Position]:
         """The committed positions of all shards that have one; none while this one is not held."""
@@ -388,7 +403,7 @@ class Shard:
                 raise LostTailError(what, cure="Look at the fail-over or the restore, then: outbox adopt.")
             emit(log, "relay.lost_tail", shard=self._number, error=what)
             known = [*self.committed_positions(), position]
-            self._adopt(expected_epoch=head.epoch, positions=known, from_system=None)
+            self._adopt(expected_epoch=head.epoch, positions=known)
             return Step(Did.ADOPTED, more=True)
         # A newer epoch: everything retained is new, under new ids. Said in Kafka at once, also when there is nothing.
         fresh = positions.start(
@@ -554,6 +569,8 @@ class Shard:
         """
         if part.letters:
             self._check_dead({*self._dead, *((letter.type, letter.key) for letter in part.letters)})
+        if kafka.outdated:
+            self._renew(kafka)
         began = time.monotonic()
         self._source.wait_flushed(lsn)
         flushed = time.monotonic()
@@ -586,7 +603,7 @@ class Shard:
         if not culprits and fault.suspects:
             found = kafka.probe([part.messages[place] for place in fault.suspects])
             culprits = {fault.suspects[place]: reason for place, reason in found.items()}
-        kafka.renew()
+        self._renew(kafka)
         if culprits:
             plan.refuse(culprits)
         elif len(part.messages) == 1:

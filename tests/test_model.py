@@ -17,7 +17,9 @@ from model.explore import Found, Rules, entry, explore
 from model.holder import TYPE, TYPES
 from model.world import SYSTEM, Commit, Database, Kafka, Row, Transaction, World, Writer
 from outbox.batch import Batch
+from outbox.ports import Log
 from outbox.position import Position, start
+from outbox.shard import Shard
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +182,7 @@ def test_a_fail_over_that_loses_the_tail_is_adopted_once(programs: Sequence[str]
 
 def test_a_fail_over_with_two_shards_and_a_kill() -> None:
     """The epoch lets one shard adopt; the other starts anew from what it made."""
-    right(explore(world("A.", "B.", failovers=1, pooled=(True,), shards=2), SHARDS, begun=2), least=90)
+    right(explore(world("AB.", failovers=1, pooled=(True,), shards=2, kills=1), SHARDS, begun=2), least=90)
 
 
 def test_a_batch_of_the_lost_tail_that_is_committed_after_another_shard_adopted() -> None:
@@ -207,12 +209,17 @@ class Hidden(Rules):
 
     def read(self, database: Database, shard: int, position: Position, wanted: Callable[..., Any]) -> Batch:
         batch = super().read(database, shard, position, wanted)
-        return batch if database.generation > 1 else replace(batch, head=replace(batch.head, anchor_found=True))
+        seen = position.reached.snapshot
+        if database.generation > 1 or seen is None:
+            return batch
+        # Nor is it looked whether transaction ids run backwards.
+        snapshot = max(batch.head.snapshot, seen, key=lambda one: one.xmax)
+        return replace(batch, head=replace(batch.head, anchor_found=True, snapshot=snapshot))
 
 
 def test_wrong_an_anchor_looked_up_on_connect_only_is_fooled_by_a_pooler() -> None:
     """The connection lives on, the database behind it is another."""
-    wrong(explore(world("A.", "A.", failovers=1), ONE, Hidden(), begun=1))
+    wrong(explore(world("A.", "A.", failovers=1), ONE, Hidden(), begun=1), "its last record")
 
 
 def test_wrong_an_adoption_without_new_ids_publishes_what_consumers_must_drop() -> None:
@@ -242,7 +249,7 @@ def test_wrong_an_adoption_without_the_lock_leaves_a_newer_state_with_a_smaller_
             open_rows = tuple(row for row in database.rows if row.xid in database.running)
             return replace(adopted, rows=(*adopted.rows, *open_rows), running=database.running)
 
-    wrong(explore(world("A.", "B.", "A.", failovers=1), ONE, NoLock(), begun=1))
+    wrong(explore(world("A.", "B.", "A.", failovers=1), ONE, NoLock(), begun=1), "published twice")
 
 
 def test_wrong_an_adoption_without_the_epoch_happens_twice() -> None:
@@ -277,6 +284,44 @@ def test_a_stall_beyond_the_transactions_time_limit() -> None:
 def test_a_zombie_beside_its_successor() -> None:
     """Whoever wakes up last is fenced; nothing is doubled, and one is left."""
     right(explore(world("A.", "xA."), BESIDE, begun=1), least=90)
+
+
+@pytest.mark.parametrize(
+    ("programs", "relays"), [(("AB.", "xA."), ONE), (("A.A.",), BESIDE)], ids=["alone", "beside a successor"]
+)
+def test_a_transaction_that_must_be_aborted(programs: Sequence[str], relays: Sequence[tuple[str, int]]) -> None:
+    """A fresh producer goes on from the position."""
+    right(explore(world(*programs, aborts=2), relays, Rules(2), begun=1), least=90)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2])
+def test_records_that_are_refused(batch_rows: int) -> None:
+    """Named, suspected or neither, once and again: what is not refused is published, once and in order."""
+    right(explore(world("AB.", "A.", refusals=2), ONE, Rules(batch_rows), begun=1), least=90)
+
+
+def test_a_refusal_beside_a_successor() -> None:
+    """Whoever takes a fresh producer looks whether the shard is still its own."""
+    right(explore(world("A.A.", refusals=1), BESIDE, Rules(2), begun=1), least=90)
+
+
+def test_a_topics_limit_that_changes_beside_a_successor() -> None:
+    """It takes a fresh producer as well, and between a read and its publishing."""
+    right(explore(world("A.A.", limits=1), BESIDE, begun=1), least=90)
+
+
+def renews_blindly(shard: Shard, kafka: Log) -> None:
+    """Go on from what is in memory, whoever was fenced by it."""
+    kafka.renew()
+
+
+@pytest.mark.parametrize("misfortunes", [{"refusals": 1}, {"limits": 1}], ids=str)
+def test_wrong_a_fresh_producer_without_a_look_at_the_position_doubles(
+    misfortunes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fences the successor, and publishes again what that one has published."""
+    monkeypatch.setattr(Shard, "_renew", renews_blindly)
+    wrong(explore(world("A.A.", **misfortunes), BESIDE, begun=1), "published")
 
 
 class TwoSteps(Rules):

@@ -12,6 +12,8 @@ import orjson
 import psycopg
 import pytest
 
+from devstack.postgres import Postgres
+from outbox import schema
 from outbox.config import Config
 from outbox.entry import Entry
 from outbox.position import Position, start
@@ -280,6 +282,37 @@ def test_a_streamed_batch_ends_at_the_same_entry_as_one_that_the_server_cuts(thi
     assert sizes == [20] * 10 + [0]
     assert ids == sorted(set(ids))
     assert len(ids) == 200
+
+
+def test_a_server_that_counts_bytes_for_characters_cuts_where_the_reader_knows_it(postgres: Postgres) -> None:
+    """In a database without an encoding the server's sum is greater than ours: what it left out must not be skipped."""
+    with psycopg.connect(postgres.url(), autocommit=True) as admin:
+        admin.execute("CREATE DATABASE bytes TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'")
+    url = postgres.url("bytes")
+    try:
+        with psycopg.connect(url, client_encoding="UTF8") as writer:
+            schema.install(writer, schema.Settings(name="bytes"))
+            writer.execute("INSERT INTO outbox.entity_types (name, topic) VALUES ('thing', 'thing')")
+            writer.execute(
+                "INSERT INTO outbox.entries (type, key, state)"
+                " SELECT 'thing', repeat('ключ', 50) || n, '{}' FROM generate_series(1, 100) n"
+            )
+        keys: set[str] = set()
+        with closing(Reader(Config(database_url=url, batch_bytes=50_000), shard=0)) as reader:
+            identity = reader.open()
+            position = start(identity.name, 0, "t", 1, identity.system, 1, 0)
+            batch = reader.read(position)
+            # Ours, of characters, stays below the limit.
+            assert sum(256 + len(entry[2]) + 2 for entry in batch.entries) < 50_000
+            assert len(batch.entries) < 100
+            while batch.cut:
+                keys |= {entry[2] for entry in batch.entries}
+                batch = reader.read(batch.next())
+            keys |= {entry[2] for entry in batch.entries}
+        assert len(keys) == 100
+    finally:
+        with psycopg.connect(postgres.url(), autocommit=True) as admin:
+            admin.execute("DROP DATABASE bytes WITH (FORCE)")
 
 
 def test_xids_handed_out_again_do_not_hide_an_entry(things: str) -> None:

@@ -136,8 +136,8 @@ def test_another_cluster_is_refused_until_a_person_gave_this_one_up() -> None:
     """Also with a newer epoch: an unrelated database may have been adopted for reasons of its own."""
     assert judge(POSITION, head(system="8000")) is Verdict.OTHER_CLUSTER
     assert judge(POSITION, head(system="8000", epoch=9)) is Verdict.OTHER_CLUSTER
-    assert judge(POSITION, head(system="8000", epoch=9, adopted_from="6000")) is Verdict.OTHER_CLUSTER
-    assert judge(POSITION, head(system="8000", epoch=4, adopted_from="7000")) is Verdict.ADOPTED
+    assert judge(POSITION, head(system="8000", epoch=9, adopted_from=["6000"])) is Verdict.OTHER_CLUSTER
+    assert judge(POSITION, head(system="8000", epoch=4, adopted_from=["6000", "7000"])) is Verdict.ADOPTED
 
 
 def test_where_the_identifier_is_hidden_an_xid_still_to_come_tells_a_copy() -> None:

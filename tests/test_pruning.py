@@ -114,3 +114,21 @@ def test_two_that_prune_do_not_wait_for_each_other(url: str) -> None:
         with psycopg.connect(url, autocommit=True) as other:
             write(other, slot=2, age="3 days")
         assert prune(url)[2].reason == "somebody else is pruning"
+
+
+def test_a_slot_waits_for_whoever_may_hold_an_older_entry_and_for_nobody_else(url: str) -> None:
+    """No transaction id tells: the open one here has the newest, and nothing after it has ended."""
+    with (
+        psycopg.connect(url) as early,
+        psycopg.connect(url) as late,
+        psycopg.connect(url) as other,
+    ):
+        other.execute("CREATE TABLE other (n int)")
+        early.execute("SELECT pg_current_xact_id()")
+        write(late, slot=5, age="4 days")
+        write(early, slot=1, age="3 days")
+        early.commit()
+        for _ in range(2):
+            assert "sealed" in (prune(url)[1].reason or "")
+        late.commit()
+        assert prune(url)[1].pruned

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from model.world import Commit, Database, Row
 from outbox import sql
+from outbox.adoption import adopt_log
 from outbox.config import Config
 from outbox.position import Anchor, Point, Position, Snapshot, start
 from outbox.reader import Reader
@@ -113,3 +115,62 @@ def test_all_four_forms_agree(url: str, position: Position, rows: Rows) -> None:
             assert "anchor" in said["reason"]
         else:
             assert said["pruned"] == (not unpublished), (said, unpublished)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.dictionaries(IDS, XIDS, max_size=8),
+    removed=st.integers(0, 8),
+    handed=st.integers(12, 15),
+    floor=st.integers(0, 20),
+    epoch=st.integers(1, 4),
+)
+def test_the_models_adoption_is_the_servers(
+    url: str, rows: Rows, removed: int, handed: int, floor: int, epoch: int
+) -> None:
+    """New ids in the order of the old ones, above all that is known; what pruning went past keeps its own."""
+    committed = tuple(Commit(xid, ()) for xid in sorted(set(rows.values())))
+    before = Database(
+        rows=tuple(Row(number, xid, 0, f"k{number}", (1, 1), 0) for number, xid in rows.items()),
+        next_id=handed + 1,
+        commits=committed,
+        flushed=len(committed),
+        removed_id=removed,
+    )
+    known = start("test", 0, "t", epoch, None, 1, 0).advanced(Point(Snapshot(3, 3), Anchor(floor, 3, 0, 0)), None)
+    model = before.adopt(floor, epoch + 1)
+    with psycopg.connect(url) as connection:
+        fill(connection, rows)
+        connection.execute("SELECT setval('outbox.entries_id_seq', %s)", [handed])
+        connection.execute(
+            "UPDATE outbox.settings SET epoch = 1, base_id = 0, removed_id = %s, adopted_from = '{}'", [removed]
+        )
+        connection.commit()
+        try:
+            for system in ("1", "2"):
+                # Again, for another expectation: nothing is done.
+                now = adopt_log(
+                    Config(database_url=url), expected_epoch=1, positions=[known], from_systems=["0", system]
+                )
+            found = connection.execute("SELECT key, id FROM outbox.entries ORDER BY id").fetchall()
+            said = connection.execute(
+                "SELECT s.epoch, s.base_id, s.adopted_from, nextval('outbox.entries_id_seq') FROM outbox.settings s"
+            ).fetchone()
+            xids = {row[0] for row in connection.execute("SELECT xid::text FROM outbox.entries")}
+            connection.rollback()
+            assert adopt_log(Config(database_url=url), expected_epoch=now, positions=[], from_systems=["3"]) == now + 1
+            both = connection.execute("SELECT adopted_from FROM outbox.settings").fetchone()
+        finally:
+            connection.rollback()
+            connection.execute("UPDATE outbox.settings SET epoch = 1, base_id = 0, removed_id = 0")
+            connection.execute("SELECT setval('outbox.entries_id_seq', 1000)")
+            connection.commit()
+    assert found == [(row.key, row.id) for row in sorted(model.rows)]
+    assert said is not None
+    assert (now, *said[:2], said[3]) == (model.epoch, model.epoch, model.base_id, model.next_id)
+    assert sorted(said[2]) == ["0", "1"]
+    # Nobody's old transaction id is left, which might lie in this cluster's future.
+    assert len(xids) <= 1
+    assert both is not None
+    # A shard that has not started since knows only the first.
+    assert sorted(both[0]) == ["0", "1", "3"]

@@ -295,7 +295,7 @@ class Worlds(RuleBasedStateMachine):
             case "read_dead_letters":
                 return sorted(letter for letter in kafka.dead if self.place.shard_of[letter[0][1]] == shard)
             case "commit":
-                producer, *sent = arguments
+                producer, *sent, _ = arguments
                 self._kafka_commits(relay, producer, Transaction.of(*sent), how)
                 return True
             case _:

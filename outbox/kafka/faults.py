@@ -96,15 +96,21 @@ def error_of(exception: KafkaException) -> KafkaError:
 def translate(error: KafkaError, *, committing: bool = False) -> Fault | OutboxError:
     """The fault or error for one of librdkafka's; while committing, what is not known to have failed is unknown."""
     code = error.code()
-    if code in _FENCED or error.fatal():
-        return Fenced(error)
-    if code in _REFUSED:
-        return Refused(error)
+    # Before what is fatal: librdkafka calls them that, too.
     if code in _DENIED:
         return BrokerError(
             f"Kafka denied it: {error.str()}.",
             cure="Check the credentials in the table [kafka] of outbox.toml, and the ACLs of docs/operations.md.",
         )
+    if code == KafkaError.INVALID_TRANSACTION_TIMEOUT:
+        return BrokerError(
+            f"Kafka allows no transaction as long as transaction_timeout: {error.str()}.",
+            cure="Lower OUTBOX_TRANSACTION_TIMEOUT, or raise the brokers' transaction.max.timeout.ms.",
+        )
+    if code in _FENCED or error.fatal():
+        return Fenced(error)
+    if code in _REFUSED:
+        return Refused(error)
     if code in _NO_TOPIC:
         return TopicError(f"A topic is missing: {error.str()}.", cure="Make it: outbox topics apply.")
     if error.txn_requires_abort():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from outbox.config import Config
 from outbox.dead_letter import DeadLetter, entity_key
 from outbox.entity_type import EntityType
-from outbox.errors import TopicError
+from outbox.errors import RelayError, TopicError
 from outbox.kafka import reader
 from outbox.kafka.admin import Admin
 from outbox.kafka.producer import TransactionalProducer
@@ -44,6 +44,7 @@ class ShardLog:
         self._producer: TransactionalProducer | None = None
         self._batch_size = _BATCH_SIZE
         self._queue_kbytes = _QUEUE_KBYTES
+        self._made_for = self._batch_size, self._queue_kbytes
         self.limits: dict[str, int] = {}
 
     # -- before anything is written ----------------------------------------------------------------------------
@@ -65,11 +66,13 @@ class ShardLog:
         batch_size = min(_BATCH_SIZE, *(limit - 1024 for limit in self.limits.values()))
         # The client's memory is bounded, but holds the largest record that there may be, twice.
         queue_kbytes = max(_QUEUE_KBYTES, 2 * max(self.limits.values()) // 1024)
-        if (batch_size, queue_kbytes) != (self._batch_size, self._queue_kbytes):
-            self._batch_size, self._queue_kbytes = batch_size, queue_kbytes
-            if self._producer is not None:
-                self.renew()
+        self._batch_size, self._queue_kbytes = batch_size, queue_kbytes
         return found
+
+    @property
+    def outdated(self) -> bool:
+        """Whether `check` has found limits that the producer was not made for: it is to be renewed."""
+        return self._producer is not None and self._made_for != (self._batch_size, self._queue_kbytes)
 
     # -- the producer ------------------------------------------------------------------------------------------
 
@@ -89,6 +92,7 @@ class ShardLog:
             stop=self._stop,
             alone=alone,
         )
+        self._made_for = self._batch_size, self._queue_kbytes
         made.init()
         return made
 
@@ -109,8 +113,8 @@ class ShardLog:
 
     def _open(self) -> TransactionalProducer:
         if self._producer is None:
-            self.take()
-        assert self._producer is not None  # noqa: S101  take() sets it or raises
+            # Never by itself: a new producer fences, and its caller must look who was there.
+            raise RelayError("The shard is not held; take() comes first.")
         return self._producer
 
     @property

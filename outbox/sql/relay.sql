@@ -162,4 +162,4 @@ SELECT pg_advisory_unlock(%(bell)s::bigint)
 SELECT {schema}.report(%(request)s::bigint, %(shard)s::smallint, %(outcome)s::jsonb)
 
 -- name: adopt
-SELECT now_epoch, taken FROM {schema}.adopt(%(epoch)s::bigint, %(floor)s::bigint, %(least_epoch)s::bigint, %(from_system)s::text)
+SELECT now_epoch, taken FROM {schema}.adopt(%(epoch)s::bigint, %(floor)s::bigint, %(least_epoch)s::bigint, %(from_systems)s::text[])

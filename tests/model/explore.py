@@ -114,38 +114,61 @@ def explore(world: World, relays: Sequence[tuple[str, int]], rules: Rules | None
         begun and (place := next((n for n, r in enumerate(first.relays[:begun]) if r.call != "read"), None)) is not None
     ):
         first = next(_answers(first, place, first.relays[place], rules)).state
-    come_from: dict[object, tuple[object, str] | None] = {first.key: None}
+    # Each state by its number, and from where it was come to first; and every state that leads to it.
+    numbers: dict[object, int] = {first.key: 0}
+    come_from: list[tuple[int, str] | None] = [None]
+    leads: list[list[int]] = [[]]
     waiting = deque([first])
-    ends = 0
+    ends: list[int] = []
+    every = rules.batch_rows == 1 and not world.refusals and not world.kafka.dead
     while waiting:
         state = waiting.popleft()
+        own = state.key
+        number = numbers[own]
         still = True
         try:
             for what, after in _nexts(state, rules):
                 key = after.key
-                if key == state.key:
+                if key == own:
                     continue
                 still = False
-                if key not in come_from:
-                    come_from[key] = (state.key, what)
+                if key not in numbers:
+                    numbers[key] = len(come_from)
+                    come_from.append((number, what))
+                    leads.append([])
                     waiting.append(after)
+                leads[numbers[key]].append(number)
             if still:
-                ends += 1
-                _check_end(state)
+                ends.append(number)
+                _check_end(state, every=every)
         except Wrong as wrong:
             last, problem = wrong.args
-            return Found(len(come_from), ends, problem, [*_way(come_from, state.key), *([last] if last else [])])
+            return Found(len(come_from), len(ends), problem, [*_way(come_from, number), *([last] if last else [])])
         if len(come_from) > rules.most_states:
             raise AssertionError(f"more than {rules.most_states} states: make the world smaller")
-    return Found(len(come_from), ends)
+    if (lost := _without_end(leads, ends)) is not None:
+        return Found(len(come_from), len(ends), "nothing that may happen leads to an end", _way(come_from, lost))
+    return Found(len(come_from), len(ends))
 
 
-def _way(come_from: dict[object, tuple[object, str] | None], key: object) -> list[str]:
+def _way(come_from: Sequence[tuple[int, str] | None], number: int) -> list[str]:
     way: list[str] = []
-    while (before := come_from[key]) is not None:
-        key, what = before
+    while (before := come_from[number]) is not None:
+        number, what = before
         way.append(what)
     return way[::-1]
+
+
+def _without_end(leads: Sequence[Sequence[int]], ends: Sequence[int]) -> int | None:
+    """The first state from which no way leads to an end: whoever comes there goes round and round."""
+    reached = set(ends)
+    waiting = deque(ends)
+    while waiting:
+        for number in leads[waiting.popleft()]:
+            if number not in reached:
+                reached.add(number)
+                waiting.append(number)
+    return next((number for number in range(len(leads)) if number not in reached), None)
 
 
 def _nexts(state: State, rules: Rules) -> Iterator[Next]:
@@ -246,6 +269,13 @@ def _answers(state: State, place: int, relay: Holder, rules: Rules) -> Iterator[
         case "take":
             taken = kafka.take(shard, token)
             yield to(replace(world, kafka=taken), taken.producers[shard])
+        case "outdated":
+            yield to(world, False)
+            yield to(replace(world, limits=world.limits - 1), True, ", a topic's limit was changed")
+        case "probe":
+            probing = replace(world, kafka=kafka.take(shard, token))
+            yield to(probing, {}, ", nothing is refused")
+            yield to(probing, {0: "as the model has it"}, ", the first is refused")
         case "read_position":
             yield to(world, kafka.positions[shard] or b"")
         case "read_all_positions":
@@ -269,13 +299,16 @@ def _silent(world: World, relay: Holder) -> Any:
 
     Whatever else may happen, happens before or after it all the same: the relay need not be stopped there.
     """
+    if relay.call == "outdated" and not world.limits:
+        return False
     if world.crashes or world.failovers:
         return None
     if relay.call == "open":
         return world.database.generation
     if relay.call == "read_dead_letters" and not (world.kafka.dead or world.database.requests):
         return ()
-    if relay.call == "wait_flushed" and int(relay.arguments[0]) <= world.database.flushed:
+    lsn, generation = relay.arguments if relay.call == "wait_flushed" else ("", None)
+    if generation == world.database.generation and int(lsn) <= world.database.flushed:
         return True
     return None
 
@@ -283,7 +316,7 @@ def _silent(world: World, relay: Holder) -> Any:
 def _commits(state: State, relay: Holder, rules: Rules, to: Callable[..., Next]) -> Iterator[Next]:
     world, shard = state.world, relay.fields.number
     kafka = world.kafka
-    producer, sent, letters, position = relay.arguments
+    producer, sent, letters, position, watched = relay.arguments
     if producer != kafka.producers[shard]:
         yield to(world, "fenced", ", but it is fenced")
         return
@@ -302,6 +335,14 @@ def _commits(state: State, relay: Holder, rules: Rules, to: Callable[..., Next])
         yield to(replace(less, kafka=committed), "unknown", f"{what}, done, but the answer is lost")
         late = kafka.delay(shard, transaction)
         yield to(replace(less, kafka=late), "unknown", f"{what}, not done yet, and no answer")
+    if world.aborts:
+        yield to(replace(world, aborts=world.aborts - 1), "aborted", f"{what}, but it must be aborted")
+    if world.refusals and sent:
+        less = replace(world, refusals=world.refusals - 1)
+        yield to(less, "refused", f"{what}, but a record is refused")
+        if watched:
+            yield to(less, "culprit", f"{what}, but the first is refused")
+            yield to(less, "suspect", f"{what}, but the batch of the first is refused")
     if world.stalls:
         stalled = replace(world, stalls=world.stalls - 1, kafka=kafka.take(shard, "nobody"))
         yield to(stalled, "fenced", f"{what}, but it took longer than a transaction may")
@@ -371,23 +412,35 @@ def _check_durable(world: World, what: str) -> None:
             raise Wrong(what, f"entry {record.id} of {record.key} is published, and the crash has lost it")
 
 
-def _check_end(state: State) -> None:
-    """Nothing more happens: every entity's last record is what the database holds."""
+def _check_end(state: State, *, every: bool) -> None:
+    """Nothing more happens: every entity's last record is what the database holds.
+
+    `every`: batches of one entry collapse nothing, so that every state that was committed must have been published,
+    where nothing is refused.
+    """
     world = state.world
     database = world.database
     last = {record.key: record.value for record in world.kafka.topic}
     retained = {row.key for row in database.visible if row.id > database.removed_id}
     held = {relay.fields.number for relay in state.relays if not relay.over}
+    dead = dict(world.kafka.dead)
     for relay in state.relays:
         if relay.over not in {"", "FencedError"}:
             raise Wrong("", f"{relay.fields.token} stopped with {relay.over}")
+    if missing := {world.shard_of(key) for key in database.domain} - held:
+        raise Wrong("", f"no relay is left for shard {min(missing)}")
+    newest = {row.key: row.id for row in database.visible}
     for key, value in sorted(database.domain.items()):
-        if world.shard_of(key) not in held:
-            continue
+        if key in newest and dead.get((TYPE, key)) == newest[key]:
+            continue  # refused, and said so
         if database.lost_tail and value[1] < database.timeline and not (database.adoptions and key in retained):
             # Its last states may be lost below an anchor that is in place: that is said, and reconciling proves it.
             continue
         if last.get(key) != value:
             raise Wrong("", f"{key} has version {value[0]}, its last record {last.get(key, ('none',))[0]}")
-    if not held:
-        raise Wrong("", "no relay is left")
+    if every and not (database.lost_tail or world.kafka.republishes):
+        published = {(record.key, record.value) for record in world.kafka.topic}
+        for commit in database.commits:
+            for key, value in commit.changes:
+                if (key, value) not in published:
+                    raise Wrong("", f"version {value[0]} of {key} was committed and never published")

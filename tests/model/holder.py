@@ -7,6 +7,7 @@ answer yet. What the world then answers is one of the things that may happen nex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from outbox.config import Config
 from outbox.dead_letter import DeadLetter
 from outbox.entity_type import EntityType
 from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, OutboxError, TopicError
-from outbox.kafka.faults import Aborted, Fault, Fenced, Unknown
+from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
 from outbox.lineage import Head
 from outbox.message import Message
 from outbox.ports import Identity
@@ -40,13 +41,22 @@ class Interrupted(BaseException):
         self.arguments = arguments
 
 
-FAULTS: Mapping[str, type[Fault]] = {"fenced": Fenced, "unknown": Unknown, "aborted": Aborted}
+_ERROR: Any = SimpleNamespace(name=lambda: "MODEL", str=lambda: "as the model has it")
+FAULTS: Mapping[str, Callable[[], Fault]] = {
+    "fenced": lambda: Fenced(_ERROR),
+    "unknown": lambda: Unknown(_ERROR),
+    "aborted": lambda: Aborted(_ERROR),
+    "refused": lambda: Refused(_ERROR),
+    # Of a transaction that was watched: the first record, or its batch.
+    "culprit": lambda: Refused(_ERROR, culprits={0: "as the model has it"}),
+    "suspect": lambda: Refused(_ERROR, suspects=[0]),
+}
+"""What Kafka may say to a commit."""
 
 
 def fault(word: str) -> Fault:
-    """What Kafka may say to a commit."""
-    error: Any = SimpleNamespace(name=lambda: "MODEL", str=lambda: "as the model has it")
-    return FAULTS[word](error)
+    """One of them, made anew."""
+    return FAULTS[word]()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +179,15 @@ class _Run:
             Config(shard=fields.number, batch_rows=batch_rows),
             self.source,
             lambda name, shard, stop: LogPort(self, None),
-            lambda expected_epoch, positions, from_system: self.ask("adopt", expected_epoch, tuple(positions)),
+            lambda expected_epoch, positions: self.ask("adopt", expected_epoch, tuple(positions)),
             stop=lambda: False,
             read_ahead=AtOnce(),
             now_ms=lambda: 0,
             token=fields.token,
             grace=0.0,
         )
+        # No look at the topics by the clock of whoever runs this.
+        made._checked_at = math.inf
         made._kafka = LogPort(self, fields.producer) if fields.producer is not None else None
         made._position = fields.position
         made._dead = dict(fields.dead)
@@ -271,10 +283,15 @@ class LogPort:
     def __init__(self, run: Asked, producer: str | None) -> None:
         self._run = run
         self.producer = producer
-        self.in_transaction = False
+        self.in_transaction = self._watched = False
         self._records: list[Record] = []
         self._letters: dict[Entity, int | None] = {}
         self._position: bytes | None = None
+
+    @property
+    def outdated(self) -> bool:
+        """Whether somebody has changed a topic's limit, and the look at the topics has found it."""
+        return bool(self._run.ask("outdated"))
 
     def check(self, types: Mapping[str, EntityType], *, shards: int) -> Mapping[str, TopicError]:
         return {}
@@ -286,7 +303,8 @@ class LogPort:
         self.take()
 
     def probe(self, messages: Sequence[Message]) -> Mapping[int, str]:
-        return {}
+        found: Mapping[int, str] = self._run.ask("probe")
+        return found
 
     def read_position(self) -> bytes | None:
         found: bytes = self._run.ask("read_position")
@@ -300,7 +318,7 @@ class LogPort:
         return [DeadLetter(number, of, key, "topic", "", "", 0, 1, 0) for (of, key), number in found]
 
     def begin(self, *, watched: bool = False) -> None:
-        self.in_transaction = True
+        self.in_transaction, self._watched = True, watched
         self._records, self._letters, self._position = [], {}, None
 
     def send_all(self, messages: Sequence[Message]) -> None:
@@ -320,7 +338,7 @@ class LogPort:
 
     def commit(self) -> None:
         letters = tuple(sorted(self._letters.items(), key=str))
-        self._run.ask("commit", self.producer, tuple(self._records), letters, self._position)
+        self._run.ask("commit", self.producer, tuple(self._records), letters, self._position, self._watched)
         self.in_transaction = False
 
     def discard(self) -> None:

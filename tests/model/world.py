@@ -306,6 +306,10 @@ class World:
     pooled: tuple[bool, ...] = (False, True)
     lost_answers: int = 0
     stalls: int = 0
+    aborts: int = 0
+    # How often the broker refuses a record, and how often a topic's limit is changed.
+    refusals: int = 0
+    limits: int = 0
     prunes: int = 0
     # What whoever prunes has read: positions may have moved on, or be lost, when it empties a slot.
     pruner: tuple[bytes | None, ...] | None = None

@@ -3,7 +3,7 @@ DROP FUNCTION {schema}.prune_slot(smallint, jsonb)
 --;
 DROP FUNCTION {schema}.unpublished(regclass, jsonb, bigint)
 --;
-DROP FUNCTION {schema}.adopt(bigint, bigint, bigint, text)
+DROP FUNCTION {schema}.adopt(bigint, bigint, bigint, text[])
 --;
 DROP FUNCTION {schema}.lock(text, text)
 --;

@@ -26,8 +26,9 @@ CREATE TABLE {schema}.settings (
     removed_id     bigint      NOT NULL DEFAULT 0,
     -- Counts every change of entity_types: the relay reads them again when it grows.
     types_version  bigint      NOT NULL DEFAULT 1,
-    -- The system identifier of the cluster whose positions a person gave up when the log was last adopted.
-    adopted_from   text,
+    -- The system identifiers of all clusters whose positions a person gave up when the log was adopted: a shard may
+    -- not have started since the one before the last.
+    adopted_from   text[]      NOT NULL DEFAULT '{{}}',
     -- Ids of this epoch lie above it: a shard that has published a greater one was not heard by who adopted.
     base_id        bigint      NOT NULL DEFAULT 0,
     created_at     timestamptz NOT NULL DEFAULT now(),
@@ -163,7 +164,8 @@ CREATE TABLE {schema}.request_outcomes (
 CREATE TABLE {schema}.sealed (
     slot    smallint PRIMARY KEY,
     last_id bigint   NOT NULL,
-    horizon xid8     NOT NULL
+    -- The transactions, by their virtual ids, that had the log open to write in it.
+    writers text[]   NOT NULL
 )
 --;
 -- The relay says what became of a request. Once a shard: saying it again changes nothing.
@@ -293,11 +295,11 @@ $body$
 --   expected_epoch  the epoch that the caller saw; another one: somebody adopted already, nothing is done
 --   floor           the greatest anchor of all shards: new ids are above it
 --   least_epoch     the new epoch is at least this (a restored database may be behind the positions)
---   from_system     the cluster whose positions are given up, when a person decided so; null: the same cluster
+--   from_systems    the clusters whose positions are given up, when a person decided so; none: the same cluster
 -- Returns the epoch in force, and how many entries were made new (null: somebody had adopted already). READ COMMITTED
 -- only: the entries must be read after the lock was taken.
 CREATE FUNCTION {schema}.adopt(expected_epoch bigint, floor bigint, least_epoch bigint DEFAULT 0,
-                               from_system text DEFAULT NULL, OUT now_epoch bigint, OUT taken bigint)
+                               from_systems text[] DEFAULT '{{}}', OUT now_epoch bigint, OUT taken bigint)
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
     removed   bigint;
@@ -338,7 +340,7 @@ BEGIN
     UPDATE {schema}.entries e SET xid = pg_current_xact_id() WHERE e.id <= removed;
     PERFORM setval(seq, base + taken + 1, false);
     UPDATE {schema}.settings SET epoch = greatest(now_epoch + 1, least_epoch),
-                                 adopted_from = coalesce(from_system, adopted_from),
+                                 adopted_from = ARRAY(SELECT DISTINCT unnest(adopted_from || from_systems)),
                                  base_id = base
         RETURNING epoch INTO now_epoch;
 END
@@ -386,7 +388,8 @@ $body$
 --
 -- Whoever starts without a position, or adopts, leaves out every id up to the greatest that was removed. So all of them,
 -- in whatever slot, must have been published, and no open transaction may hold one: a slot is *sealed* with the
--- transactions that are open when it is first found old, and emptied when those have ended.
+-- transactions that have the log open to write in it when it is first found old, and emptied when those have ended:
+-- whoever holds an id has had that lock since before the id was handed out, and no transaction id tells as much.
 CREATE FUNCTION {schema}.prune_slot(slot smallint, positions jsonb)
     RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -396,6 +399,7 @@ DECLARE
     seal     {schema}.sealed%ROWTYPE;
     newest   timestamptz;
     later    timestamptz;
+    writers  text[];
     last_id  bigint;
     last_now bigint;
     rows_in  bigint;
@@ -449,13 +453,19 @@ BEGIN
             RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', kept);
         END IF;
     END LOOP;
+    writers := ARRAY(
+        SELECT DISTINCT l.virtualtransaction FROM pg_locks l
+        WHERE l.relation = whole AND l.mode = 'RowExclusiveLock' AND l.granted
+          -- (a prepared transaction has no process)
+          AND l.pid IS DISTINCT FROM pg_backend_pid()
+          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()));
     SELECT * INTO seal FROM {schema}.sealed x WHERE x.slot = prune_slot.slot;
     IF seal.last_id IS DISTINCT FROM last_id THEN
-        INSERT INTO {schema}.sealed AS x VALUES (prune_slot.slot, last_id, pg_snapshot_xmax(pg_current_snapshot()))
-            ON CONFLICT ON CONSTRAINT sealed_pkey DO UPDATE SET last_id = excluded.last_id, horizon = excluded.horizon
+        INSERT INTO {schema}.sealed AS x VALUES (prune_slot.slot, last_id, writers)
+            ON CONFLICT ON CONSTRAINT sealed_pkey DO UPDATE SET last_id = excluded.last_id, writers = excluded.writers
             RETURNING * INTO seal;
     END IF;
-    IF pg_snapshot_xmin(pg_current_snapshot()) < seal.horizon THEN
+    IF seal.writers && writers THEN
         RETURN jsonb_build_object('pruned', false, 'entries', 0,
                                   'reason', 'sealed: a transaction is open that may hold older entries');
     END IF;
