@@ -149,7 +149,9 @@ class Shard:
     def step(self) -> Step:
         """Do one pass: take the shard if it is not held, else publish the next batch if there is one."""
         if not self._source.connected:
-            self._drop_ahead()
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None:
+                ahead.result()  # what ended the connection is raised, and said
             self._source.open()
             self._types_seen = -1  # it may be another database, with other types under the same version
         kafka, position = self._kafka, self._position

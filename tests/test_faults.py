@@ -41,6 +41,7 @@ def quiet(_: str) -> None:
         (entries.open_transactions, 1),
         (entries.pruned, 1),
         (copies.two_shards, 1),
+        (copies.promoted, 1),
         (copies.other_cluster, 1),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

@@ -33,6 +33,13 @@ class _Line:
     answers: bytes = b""
     dead: bool = field(default=False)
 
+    def reset(self) -> None:
+        for end in (self.client, self.server):
+            with contextlib.suppress(OSError):
+                # So that the client hears of it at once, in the middle of whatever it does.
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        self.close()
+
     def close(self) -> None:
         self.dead = True
         for end in (self.client, self.server):
@@ -43,7 +50,8 @@ class _Line:
 class Proxy:
     """Listens on `port` and passes on to `target`. What it does to the bytes can be changed at any time.
 
-    - `cut()`: end every connection now; `accepting = False`: end new ones at once, too.
+    - `cut()`: end every connection now. `cuts_within = N`: end the one on which the server answers with N bytes or more
+      at once, after the first half of them; once, and `cuts` counts it.
     - `silent = True`: accept and pass on nothing, either way.
     - `delay`: seconds that every piece waits.
     - `loses = "answers"`: what the broker answers to a request that ends a Kafka transaction does not come back: the
@@ -54,7 +62,8 @@ class Proxy:
         self.target = target
         self.port = port or free_port()
         self.kafka = kafka
-        self.accepting = True
+        self.cuts_within: int | None = None
+        self.cuts = 0
         self.silent = False
         self.delay = 0.0
         self.loses: Loses | None = None
@@ -83,11 +92,7 @@ class Proxy:
         with self._lock:
             lines, self._lines = self._lines, []
         for line in lines:
-            for end in (line.client, line.server):
-                with contextlib.suppress(OSError):
-                    # So that the client hears of it at once, in the middle of whatever it does.
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-            line.close()
+            line.reset()
         return len(lines)
 
     def _run(self) -> None:
@@ -95,9 +100,6 @@ class Proxy:
             try:
                 client, _ = self._listener.accept()
             except TimeoutError:
-                continue
-            if not self.accepting:
-                client.close()
                 continue
             try:
                 server = socket.create_connection((LOOPBACK, self.target), timeout=5)
@@ -147,6 +149,11 @@ class Proxy:
             line.server.sendall(request)
 
     def _from_server(self, line: _Line, piece: bytes) -> None:
+        if self.cuts_within is not None and len(piece) >= self.cuts_within:
+            self.cuts_within, self.cuts = None, self.cuts + 1
+            line.client.sendall(piece[: len(piece) // 2])
+            line.reset()
+            return
         if line.waits_for is None:
             line.client.sendall(piece)
             return

@@ -415,12 +415,12 @@ class Scene:
 
         eventually(in_sync, seconds=seconds, what="in sync")
 
-    def drain_peak(self) -> float:
-        """Drain with a relay of its own; its peak memory in MB."""
-        relay = self.command("relay", "--until-caught-up")
+    @staticmethod
+    def peak(relay: Relay, code: int) -> float:
+        """Wait for a relay's end, which must be this; its peak memory in MB."""
         _, status, usage = os.wait4(relay.process.pid, 0)
         relay.process.returncode = os.waitstatus_to_exitcode(status)
-        assert relay.process.returncode == 0, relay.log.read_text()[-2000:]
+        assert relay.process.returncode == code, relay.log.read_text()[-2000:]
         return usage.ru_maxrss / 1024
 
     def greatest(self) -> int:

@@ -124,6 +124,12 @@ class Place:
         (epoch,) = self.admin.execute("SELECT epoch FROM outbox.settings").fetchone() or (0,)
         return int(epoch)
 
+    @property
+    def base(self) -> int:
+        """Above which the ids of this epoch lie."""
+        (base,) = self.admin.execute("SELECT base_id FROM outbox.settings").fetchone() or (0,)
+        return int(base)
+
     def request(self) -> None:
         """Ask the relay to publish all dead letters again."""
         self.admin.execute("INSERT INTO outbox.requests (kind) VALUES ('retry')")

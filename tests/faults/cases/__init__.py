@@ -22,6 +22,7 @@ CASES: Mapping[str, tuple[Run, int]] = {
     "kafka": (kafka.kafka_away, 6),
     "brokers": (kafka.brokers_killed, 4),
     "fail-over": (copies.fail_over, 2),
+    "promoted": (copies.promoted, 2),
     "other-cluster": (copies.other_cluster, 1),
     "transactions": (entries.open_transactions, 1),
     "doorbell": (relay.doorbell, 300),

@@ -13,7 +13,7 @@ from devstack.postgres import Postgres
 from faults.load import Load
 from faults.scene import Outcome, Relay, Say, Scene
 from faults.victim import ADOPTED, NEW_EPOCH
-from relays import must, outbox
+from relays import eventually, must, outbox
 
 
 def fail_over(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
@@ -58,6 +58,45 @@ def _switch(scene: Scene, load: Load, *, promote: bool, meanwhile: Callable[[], 
     scene.timeline = load.timeline = 2
     scene.adopted = True
     scene.replace_postgres(copy, meanwhile=meanwhile)
+
+
+def promoted(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
+    """A standby that has everything is promoted: the anchor is there, nothing is adopted, the new timeline is said."""
+    for number in range(times):
+        with Scene(directory, f"promoted-{number}") as scene, scene.load() as load:
+            relay = scene.relay()
+            relay.wait_said("relay.holds")
+            load.wait_written(20)
+            copy = scene.postgres.standby(scene.directory / "copy")
+            copy.start()
+            load.wait_written(20)
+            load.hold()
+            scene.seconds_until_published()
+            _wait_replayed(scene, copy)
+            scene.postgres.stop("immediate")
+            copy.promote()
+            scene.replace_postgres(copy)
+            load.release()
+            load.wait_written(20)
+            said = relay.wait_said("relay.timeline")
+            assert said["now"] > said["before"], said
+            seconds = scene.seconds_until_published()
+            load.stop()
+            judgement = scene.settle(relay)
+            assert scene.epoch() == 1, "adopted, with nothing lost"
+            say(f"promoted: {number + 1} of {times}")
+            yield Outcome("fail-over to a standby that has everything", 1, judgement, [seconds])
+
+
+def _wait_replayed(scene: Scene, copy: Postgres) -> None:
+    with psycopg.connect(scene.url()) as connection:
+        (written,) = connection.execute("SELECT pg_current_wal_lsn()::text").fetchone() or ("",)
+
+    def there() -> bool:
+        with psycopg.connect(copy.url()) as standby:
+            return standby.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [written]).fetchone() == (True,)
+
+    eventually(there, what="the standby has everything")
 
 
 WAITING = "while it waits for the lock"

@@ -98,42 +98,43 @@ def denied_by_postgres(directory: Path, times: int, say: Say) -> Iterator[Outcom
 
 
 def denied_by_kafka(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
-    """Kafka denies the relay to write to one of its topics."""
-    seconds = []
+    """Kafka denies the relay to write to one of its topics, or its transactional id, which fences it as well."""
+    seconds: dict[ResourceType, list[float]] = {ResourceType.TOPIC: [], ResourceType.TRANSACTIONAL_ID: []}
     with Scene(directory, "acl", kafka=AUTHORIZER) as scene, scene.load() as load:
         relay = scene.relay()
         relay.wait_said("relay.holds")
         admin = scene.admin()
+        names = {ResourceType.TOPIC: scene.topics["wide"], ResourceType.TRANSACTIONAL_ID: f"{scene.name}-0"}
 
-        def rule(operation: AclOperation, permission: AclPermissionType) -> AclBinding:
-            return AclBinding(
-                ResourceType.TOPIC, scene.topics["wide"], ResourcePatternType.LITERAL,
-                "User:ANONYMOUS", "*", operation, permission,
-            )  # fmt: skip
-
-        rules = [
-            rule(AclOperation.ALL, AclPermissionType.ALLOW),
-            rule(AclOperation.WRITE, AclPermissionType.DENY),
-        ]
-        every = AclBindingFilter(
-            ResourceType.TOPIC, scene.topics["wide"], ResourcePatternType.LITERAL,
-            None, None, AclOperation.ANY, AclPermissionType.ANY,  # type: ignore[arg-type]  # None: any
-        )  # fmt: skip
-
-        def deny() -> None:
+        def deny(kind: ResourceType) -> None:
+            rules = [
+                AclBinding(kind, names[kind], ResourcePatternType.LITERAL, "User:ANONYMOUS", "*", operation, permission)
+                for operation, permission in (
+                    (AclOperation.ALL, AclPermissionType.ALLOW),
+                    (AclOperation.WRITE, AclPermissionType.DENY),
+                )
+            ]
             for made in admin.create_acls(rules).values():
                 made.result()
 
-        def allow() -> None:
+        def allow(kind: ResourceType) -> None:
+            every = AclBindingFilter(
+                kind, names[kind], ResourcePatternType.LITERAL,
+                None, None, AclOperation.ANY, AclPermissionType.ANY,  # type: ignore[arg-type]  # None: any
+            )  # fmt: skip
             for gone in admin.delete_acls([every]).values():
                 gone.result()
 
         for number in range(times):
-            seconds.append(_mend(scene, relay, load, deny, allow, "ACLs"))
+            for kind, needed in seconds.items():
+                needed.append(_mend(scene, relay, load, partial(deny, kind), partial(allow, kind), "ACLs"))
             say(f"denied by Kafka: {number + 1} of {times}")
         load.stop()
         assert load.failed == 0, load.errors
-        yield Outcome("Kafka denies the relay a topic", times, scene.settle(relay), seconds)
+        judgement = scene.settle(relay)
+        topic, identity = seconds.values()
+        yield Outcome("Kafka denies the relay a topic", times, judgement, topic)
+        yield Outcome("Kafka denies the relay its transactional id", times, judgement, identity)
 
 
 def topic_changed(directory: Path, times: int, say: Say) -> Iterator[Outcome]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psycopg
 
-from faults.scene import Outcome, Say, Scene
+from faults.load import Load
+from faults.scene import Outcome, Relay, Say, Scene
 from faults.victim import BEFORE_THE_BELL, Lack
 from faults.volume import LeftOutError
 from relays import eventually, must, outbox
@@ -79,35 +80,57 @@ def line(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         relay.wait_said("relay.holds")
         cut: list[float] = []
         for number in range(times):
-            load.wait_written(3)
-            eventually(lambda: scene.postgres_line.cut() > 0, what="a line to cut")
+            waited = scene.count_said(relay, "relay.waiting")
+            # Several entries at once, so that it is a batch that comes in two halves and not whole.
+            _stand_still(scene, relay, load)
+            scene.postgres_line.cuts_within = 1_500
+            relay.send(signal.SIGCONT)
+            eventually(lambda number=number: scene.postgres_line.cuts > number, what="a batch is cut within")  # type: ignore[misc]  # bound now
             cut.append(scene.seconds_until_published())
+            assert scene.count_said(relay, "relay.waiting") > waited, relay.log.read_text()[-2000:]
             say(f"line cut: {number + 1} of {times}")
         terminated: list[float] = []
         for number in range(times):
-            load.wait_written(3)
+            waited = scene.count_said(relay, "relay.waiting")
+            _stand_still(scene, relay, load)
             eventually(scene.terminate, what="a backend to terminate")
+            relay.send(signal.SIGCONT)
             terminated.append(scene.seconds_until_published())
+            assert scene.count_said(relay, "relay.waiting") > waited, relay.log.read_text()[-2000:]
             say(f"backend terminated: {number + 1} of {times}")
         silent: list[float] = []
         for number in range(max(1, times // 5)):
             load.wait_written(3)
-            before = len([e for e in relay.events() if e.get("event") == "relay.waiting"])
+            waited = scene.count_said(relay, "relay.waiting")
             scene.postgres_line.silent = True
             eventually(
-                lambda before=before: len([e for e in relay.events() if e.get("event") == "relay.waiting"]) > before,  # type: ignore[misc]  # bound now
+                lambda waited=waited: scene.count_said(relay, "relay.waiting") > waited,  # type: ignore[misc]  # bound now
                 seconds=60,
                 what="the relay gives the silent server up",
             )
             scene.postgres_line.silent = False
             silent.append(scene.seconds_until_published())
             say(f"silent server: {number + 1} of {max(1, times // 5)}")
+        # Slow, both of them, and each in turn slower than the other.
+        slow: list[float] = []
+        for number in range(2):
+            scene.postgres_line.delay, scene.kafka_line.delay = (0.05, 0.001) if number else (0.005, 0.01)
+            load.wait_written(10)
+            scene.postgres_line.delay = scene.kafka_line.delay = 0.0
+            slow.append(scene.seconds_until_published())
         load.stop()
         assert relay.alive
         judgement = scene.settle(relay)
-        yield Outcome("the line to PostgreSQL is cut", times, judgement, cut)
+        yield Outcome("the line to PostgreSQL is cut within a batch", times, judgement, cut)
         yield Outcome("the relay's backend is terminated", times, judgement, terminated)
         yield Outcome("PostgreSQL accepts and never answers", len(silent), judgement, silent)
+        yield Outcome("every answer of both servers is late", len(slow), judgement, slow)
+
+
+def _stand_still(scene: Scene, relay: Relay, load: Load) -> None:
+    """Stop the relay, and let a backlog come into being."""
+    relay.send(signal.SIGSTOP)
+    load.wait_written(20)
 
 
 def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
@@ -121,6 +144,7 @@ def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
         went_down = 0
         for number in range(times):
             load.wait_written(10)
+            waited = scene.count_said(relay, "relay.waiting")
             scene.volume.fill()
             failed = load.failed
             with contextlib.suppress(psycopg.Error):
@@ -134,6 +158,11 @@ def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             scene.volume.free()
             if scene.postgres.wait_gone(2):
                 went_down += 1
+                eventually(lambda waited=waited: scene.count_said(relay, "relay.waiting") > waited, what="it says so")  # type: ignore[misc]  # bound now
+                said = relay.said("relay.waiting")
+                assert said is not None
+                assert said["what"] == "database", said
+                assert "OUTBOX_DATABASE_URL" in said["cure"], said
                 scene.postgres.start()
             load.wait_written(10)
             scene.sql("DROP TABLE IF EXISTS junk")
