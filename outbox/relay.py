@@ -30,6 +30,9 @@ from outbox.wake import Wake
 log = logging.getLogger("outbox.relay")
 
 _FIRST_PAUSE = 0.05
+# Looks in vain while a writer holds the doorbell, until they come as seldom as they may.
+_MOST_DOUBLINGS = 4
+_MOST_TIMES = 10
 
 
 class Relay:
@@ -58,6 +61,7 @@ class Relay:
         )
         self._waiting_for: tuple[str, str] | None = None
         self._tries = 0
+        self._in_vain = 0
         self._next_prune = 0.0
         self._deadline: float | None = None
         self.done = Step(Did.NOTHING)
@@ -86,7 +90,7 @@ class Relay:
                                 self._shard.settle()
                             break
                     elif not last.more:
-                        self._sleep()
+                        self._sleep(published=last.did is Did.PUBLISHED)
                     self._check_time(f"{self.done.entries} entries were published")
                 except (DatabaseUnavailableError, BrokerUnavailableError) as error:
                     self._wait_for(error, "waiting")
@@ -159,18 +163,28 @@ class Relay:
 
     # -- when there is nothing to do ---------------------------------------------------------------------------
 
-    def _sleep(self) -> None:
-        """Wait until there may be something to read.
+    def _sleep(self, *, published: bool) -> None:
+        """Wait until there may be something to read; `published`: the step before has committed.
 
         Falling asleep: LISTEN (since the connection was made), *try* the doorbell, look once more in a new statement,
         sleep. A writer that began before the bell was held is seen by that look or rings afterwards.
         """
         reader, identity = self._reader, self._reader.identity
+        if published:
+            # Kafka answers a commit before it has marked it in the partitions. A transaction that begins before that is
+            # told to come again, which takes the client four times as long; and what comes meanwhile goes with it.
+            self._in_vain = 0
+            self._wake.wait(self._config.busy_poll_interval)
         if not reader.try_bell():
             # A writer holds it for as long as its transaction is open: waiting for it would delay the others.
             reader.show("idle")
             polls_often = identity is not None and identity.doorbell
-            self._wake.wait(self._config.busy_poll_interval if polls_often else self._config.poll_interval)
+            if not polls_often:
+                self._wake.wait(self._config.poll_interval)
+            elif not published:
+                times = min(2 ** min(self._in_vain, _MOST_DOUBLINGS), _MOST_TIMES)
+                self._wake.wait(self._config.busy_poll_interval * times)
+                self._in_vain += 1
             reader.hear()
             return
         found = False

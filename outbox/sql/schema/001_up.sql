@@ -159,8 +159,8 @@ CREATE TABLE {schema}.request_outcomes (
     PRIMARY KEY (request, shard)
 )
 --;
--- Slots that pruning has looked at and could not empty at once: the greatest id in it then, and below which
--- transaction id all must have ended first.
+-- Slots that pruning has found old and could not empty at once: the greatest id in it then, and who might hold a
+-- smaller one.
 CREATE TABLE {schema}.sealed (
     slot    smallint PRIMARY KEY,
     last_id bigint   NOT NULL,
