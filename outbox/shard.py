@@ -7,41 +7,30 @@ read again. docs/architecture.md draws the whole.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from outbox import position as positions
 from outbox.batch import Batch, Entity, Request
 from outbox.config import Config
 from outbox.entity_type import EntityType
-from outbox.errors import (
-    BrokerError,
-    DatabaseUnavailableError,
-    FencedError,
-    LostTailError,
-    TooManyDeadLettersError,
-    TopicError,
-    WrongClusterError,
-    WrongOutboxError,
-)
+from outbox.errors import BrokerError, LostTailError, TooManyDeadLettersError, WrongClusterError
+from outbox.hold import Hold
 from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
-from outbox.lineage import Head, Verdict, judge
+from outbox.lineage import Verdict, judge
 from outbox.plan import Part, Plan
-from outbox.ports import Adopt, Identity, Log, OpenLog, Source
+from outbox.ports import Adopt, Log, OpenLog, Source
 from outbox.position import Point, Position
+from outbox.read_ahead import ReadAhead
 from outbox.telemetry import emit
+from outbox.topic_watch import TopicWatch
 
 log = logging.getLogger("outbox.relay")
-
-# Seconds at the least between two looks at the topics because something is too large.
-_LIMITS_SECONDS = 3.0
-_GRACE_LOOK_SECONDS = 0.1
 
 
 class Did(enum.Enum):
@@ -103,82 +92,81 @@ class Shard:
         self._number = config.shard
         self._stop = stop
         self._source = source
-        self._open_log = open_log
         self._adopt = adopt
         self._now_ms = now_ms
-        self._grace = grace
-        self._token = token or uuid.uuid4().hex
-        self._kafka: Log | None = None
-        self._position: Position | None = None
-        self._dead: Mapping[Entity, int] = {}
-        self._ahead: Future[Batch] | None = None
-        self._thread = read_ahead or ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox-read-ahead")
+        self._hold = Hold(self._number, source, open_log, token=token or uuid.uuid4().hex, grace=grace, stop=stop)
+        self._topics = TopicWatch(self._number, interval=config.topic_check_interval)
+        self._ahead = ReadAhead(read_ahead)
         # After a refusal: how many messages go into one transaction, and whether it is watched.
         self._part_size: int | None = None
         self._watched = False
-        self._types_seen = 0
-        self._troubles: Mapping[str, TopicError] = {}
-        self._checked_at = 0.0
         self._timeline_said: int | None = None
-        # Whether the cut that is being read was begun by a former holder, before this one took over.
-        self._inherited = False
-        self._has_held = False
-        self._heeded: str | None = None
 
     @property
     def has_held(self) -> bool:
         """Whether it has been taken over by this process, now or before."""
-        return self._has_held
+        return self._hold.has_held
 
     @property
     def holds(self) -> bool:
         """Whether it has been taken over and not been given up."""
-        return self._kafka is not None and self._position is not None
+        return self._hold.position is not None
+
+    def settle(self) -> None:
+        """Wait until consumers see what was committed."""
+        self._hold.settle()
+
+    def committed_positions(self) -> list[Position]:
+        """The committed positions of all shards that have one; none while this one is not held."""
+        return self._hold.committed_positions()
+
+    def forget(self, *, database: bool = False, keep: bool = False) -> None:
+        """Give up the hold (or, with `database`, the connection): what was begun is not gone on with.
+
+        The position is read again by whoever takes the shard next. With `keep`, or `database`, the hold stays unless a
+        transaction is open.
+        """
+        self._ahead.drop()
+        if database:
+            self._source.close()
+        if self._hold.give_up(unless_idle=database or keep):
+            self._part_size, self._watched = None, False
 
     def close(self) -> None:
         """Abort what is open and give everything but the reader back."""
-        self._drop_ahead()
-        self._thread.shutdown(wait=True)
-        self._position = None
-        kafka, self._kafka = self._kafka, None
-        if kafka is not None:
-            kafka.close()
+        self._ahead.close()
+        self._hold.close()
 
     # -- one pass ----------------------------------------------------------------------------------------------
 
     def step(self) -> Step:
         """Do one pass: take the shard if it is not held, else publish the next batch if there is one."""
         if not self._source.connected:
-            ahead, self._ahead = self._ahead, None
-            if ahead is not None:
-                ahead.result()  # what ended the connection is raised, and said
+            self._ahead.take()  # what ended the connection is raised, and said
             self._source.open()
-            self._types_seen = -1  # it may be another database, with other types under the same version
-        kafka, position = self._kafka, self._position
+            self._topics.seen = -1  # it may be another database, with other types under the same version
+        kafka, position = self._hold.kafka, self._hold.position
         if kafka is None or position is None:
-            self._take(self._source.identity)
-            return Step(Did.TOOK_OVER if self.holds else Did.NOTHING, more=True)
-        self._heed(kafka)
+            return self._take()
+        self._hold.heed()
         batch = self._next_batch(position)
         verdict = judge(batch.position, batch.head)
         if verdict is not Verdict.CONTINUES:
-            self._drop_ahead()
+            self._ahead.drop()
             return self._mend(kafka, verdict, batch)
         removed = batch.head.removed_id
         if batch.position.point.snapshot is None and removed > batch.position.point.removed_id:
             # Pruned since this log was begun from its start: what of it is retained may be older than what is gone.
-            self._drop_ahead()
-            self._position = replace(batch.position, point=Point(None, None, removed))
+            self._ahead.drop()
+            self._hold.position = replace(batch.position, point=Point(None, None, removed))
             return Step(Did.NOTHING, more=True)
         self._say_timeline(batch)
         self._report(batch)
-        self._follow_types(kafka, batch)
+        self._topics.follow(kafka, batch, shards=self._shards, dead=bool(self._hold.dead))
         began = time.monotonic()
-        plan = Plan(batch, kafka.limits, self._dead, now_ms=self._now_ms())
-        if plan.too_large and time.monotonic() > self._checked_at + _LIMITS_SECONDS:
-            # The limit may have been raised meanwhile: a verdict that stays needs a look.
-            self._check(kafka, batch.types, needed=self._topics_of(batch))
-            plan = Plan(batch, kafka.limits, self._dead, now_ms=self._now_ms())
+        plan = Plan(batch, kafka.limits, self._hold.dead, now_ms=self._now_ms())
+        if plan.too_large and self._topics.look_for_limits(kafka, batch, shards=self._shards):
+            plan = Plan(batch, kafka.limits, self._hold.dead, now_ms=self._now_ms())
         try:
             if plan.empty:
                 return self._nothing(kafka, batch)
@@ -189,27 +177,21 @@ class Shard:
 
     def look_again(self) -> bool:
         """Look for something to do in a new statement; what it finds is the next step's batch."""
-        position = self._position
+        position = self._hold.position
         if position is None:
             return True
         batch = self._read(position)
         if not (batch.entries or batch.requests) and judge(position, batch.head) is Verdict.CONTINUES:
             return False
-        self._drop_ahead()
-        self._ahead = Future()
-        self._ahead.set_result(batch)
+        self._ahead.keep(batch)
         return True
 
     def _next_batch(self, position: Position) -> Batch:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            batch = ahead.result()
-            if batch.position == position:
-                return batch
-        return self._read(position)
+        batch = self._ahead.take()
+        return batch if batch is not None and batch.position == position else self._read(position)
 
     def _read(self, position: Position) -> Batch:
-        done, dead = position.requests, self._dead
+        done, dead = position.requests, self._hold.dead
 
         def wanted(requests: Sequence[Request]) -> Mapping[Entity, int]:
             again = (r for r in requests if r.kind == "retry" and str(r.id) not in done)
@@ -217,174 +199,30 @@ class Shard:
 
         return self._source.read(position, wanted)
 
-    def _drop_ahead(self) -> None:
-        """Throw away what was read ahead: after a failed or unknown commit it starts from the wrong place."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.cancel()
-            if not ahead.cancelled():
-                ahead.exception()  # waits: the connection is used by one thread at a time
-
-    # -- holding the shard -------------------------------------------------------------------------------------
-
-    def _take(self, identity: Identity | None) -> None:
-        """Take the shard over: fence any other holder, read its position, write it with the own token."""
-        if identity is None:
-            raise DatabaseUnavailableError("There is no connection to the database.")
-        self.forget()
-        number = self._number
-        kafka = self._open_log(identity.name, number, stop=self._stop)
-        former: str | None = None
-        try:
-            types = self._source.look(self._start(identity))[1]
-            self._check(kafka, types, needed=None if not self._has_held else ())
-            # Before anybody is fenced: a relay of the wrong database must not disturb the right one, and one that comes
-            # back from an outage must not take the shard from its successor.
-            before, _ = self._look_from(kafka, identity)
-            if before is not None and self._has_held and before.token != self._token:
-                raise self._superseded()
-            former = before.token if before is not None else None
-            kafka.take()
-            found, head = self._look_from(kafka, identity)
-            if found is None:
-                position = self._start(identity, head)
-                emit(log, "relay.new_log", shard=number, removed_id=head.removed_id)
-            else:
-                former = found.token
-                position = replace(found, token=self._token)
-            dead = {(letter.type, letter.key): letter.id for letter in kafka.read_dead_letters()}
-            kafka.begin()
-            kafka.send_position(position.encode())
-            kafka.commit()
-        except Fault as fault:
-            self._lost(kafka, fault, former=former)
-            return
-        except BaseException:
-            kafka.discard()
-            raise
-        self._kafka, self._position, self._dead = kafka, position, dead
-        self._inherited = position.cut is not None
-        self._has_held = True
-        self._types_seen = head.types_version
-        emit(log, "relay.holds", shard=number, outbox=identity.name, token=self._token, epoch=position.epoch)
-        self._source.announce(self._token)
-
-    def _heed(self, kafka: Log) -> None:
-        """Stop for a relay that said it took the shard, if it did; Kafka tells an idle holder only later."""
-        said = self._source.announced
-        if said in {None, self._token, self._heeded}:
-            return
-        self._heeded = said
-        value = kafka.read_position()
-        if value is not None and Position.decode(value).token != self._token:
-            raise self._superseded()
-
-    def _start(self, identity: Identity, head: Head | None = None) -> Position:
-        """The position of a log that was never published; without a head only good for looking."""
-        if head is None:
-            return positions.start(identity.name, self._number, self._token, 0, None, 0, 0)
-        return positions.start(
-            identity.name, self._number, self._token, head.epoch, identity.system, head.timeline, head.removed_id
-        )
-
-    def _look_from(self, kafka: Log, identity: Identity) -> tuple[Position | None, Head]:
-        """The committed position, if there is one, and the database as it is after that was read.
-
-        In this order: what pruning has removed before the position was lost must be known to whoever starts without.
-        """
-        value = kafka.read_position()
-        found = Position.decode(value) if value is not None else None
-        if found is not None and (found.outbox != identity.name or found.shard != self._number):
-            raise WrongOutboxError(
-                f'The positions topic of "{identity.name}" holds a record of "{found.outbox}", shard {found.shard}, '
-                f"where shard {self._number} was expected.",
-                cure="Somebody else wrote to this topic; see docs/guarantees.md.",
-            )
-        head = self._source.look(found or self._start(identity))[0]
-        if found is not None and judge(found, head) is Verdict.OTHER_CLUSTER:
-            raise WrongClusterError(
-                f"The database is another cluster (system identifier {identity.system}) than the one that "
-                f'"{identity.name}" was published from ({found.system}): a copy, or a wrong database URL.',
-                cure="Correct OUTBOX_DATABASE_URL; or, if this copy is to take over for good: outbox adopt.",
-            )
-        return found, head
-
-    def forget(self, *, database: bool = False, keep: bool = False) -> None:
-        """Give up the hold (or, with `database`, the connection): what was begun is not gone on with.
-
-        The position is read again by whoever takes the shard next. With `keep`, or `database`, the hold stays unless a
-        transaction is open.
-        """
-        self._drop_ahead()
-        if database:
-            self._source.close()
-        if (database or keep) and (self._kafka is None or not self._kafka.in_transaction):
-            return
-        kafka, self._kafka = self._kafka, None
-        self._position = None
+    def _take(self) -> Step:
+        """Take the shard over; at the first time no topic may be in the way."""
+        self._ahead.drop()
         self._part_size, self._watched = None, False
-        if kafka is not None:
-            kafka.discard()
+        needed = () if self._hold.has_held else None
 
-    def _lost(self, kafka: Log, fault: Fault, *, former: str | None = None) -> None:
-        """A transaction that failed, or may have: the hold is given up; another holder's token says that it is lost.
+        def check(kafka: Log, types: Mapping[str, EntityType]) -> None:
+            self._topics.look(kafka, types, shards=self._shards, needed=needed)
 
-        `former`: whose token was there before the own was written, while it may not have been.
-        """
-        aborted = isinstance(fault, Aborted)
-        if aborted:
-            emit(log, "relay.aborted", shard=self._number, reason=str(fault))
-        else:
-            emit(log, "relay.hold_in_doubt", shard=self._number, reason=str(fault))
-        self.forget()
-        kafka.discard()
-        if aborted or self._stop():
-            return
-        # Fenced, and the own token still there: a stall, or a successor that has not written its own yet. Taking the
-        # shard back at once would fence it in its turn.
-        deadline = time.monotonic() + (self._grace if isinstance(fault, Fenced) and former is None else 0.0)
-        while True:
-            value = kafka.read_position()
-            holder = Position.decode(value).token if value is not None else None
-            if holder not in {None, self._token, former}:
-                raise self._superseded()
-            if time.monotonic() >= deadline or self._stop():
-                return
-            time.sleep(_GRACE_LOOK_SECONDS)
+        head = self._hold.take(self._source.identity, check=check)
+        if head is None:
+            return Step(Did.NOTHING, more=True)
+        self._topics.seen = head.types_version
+        return Step(Did.TOOK_OVER, more=True)
 
-    def _superseded(self) -> FencedError:
-        return FencedError(
-            f"Another relay took over shard {self._number} of this outbox; this one stops, having lost nothing.",
-            cure="Run one relay a shard. If this one is to publish, stop the other and start it again.",
-        )
+    @property
+    def _shards(self) -> int:
+        return self._source.identity.shards if self._source.identity else 1
 
-    def _renew(self, kafka: Log) -> None:
-        """Take a fresh producer in the middle of a step.
-
-        It fences whoever has taken the shard since: then the position bears another token, and to go on from what is
-        in memory would publish again what the successor has published.
-        """
-        kafka.renew()
-        value = kafka.read_position()
-        if value is not None and Position.decode(value).token != self._token:
-            raise self._superseded()
-
-    def settle(self) -> None:
-        """Wait until consumers see what was committed.
-
-        Kafka acknowledges a commit before it has marked it in the partitions; a fresh producer of the same id is
-        given only afterwards. Whoever drains and then reads finds everything.
-        """
-        if self._kafka is not None:
-            # Somebody else who takes it at the same moment waits for the same.
-            with contextlib.suppress(Fault):
-                self._kafka.renew()
-
-    def committed_positions(self) -> list[Position]:
-        """The committed positions of all shards that have one; none while this one is not held."""
-        if self._kafka is None:
-            return []
-        return [Position.decode(value) for value in self._kafka.read_all_positions() if value is not None]
+    def _lost(self, kafka: Log, fault: Fault) -> None:
+        """A transaction that failed, or may have."""
+        self._ahead.drop()
+        self._part_size, self._watched = None, False
+        self._hold.lost(kafka, fault)
 
     # -- what the lineage says ---------------------------------------------------------------------------------
 
@@ -409,7 +247,7 @@ class Shard:
             return Step(Did.ADOPTED, more=True)
         # A newer epoch: everything retained is new, under new ids. Said in Kafka at once, also when there is nothing.
         fresh = positions.start(
-            position.outbox, self._number, self._token, head.epoch, head.system, head.timeline, head.removed_id
+            position.outbox, self._number, self._hold.token, head.epoch, head.system, head.timeline, head.removed_id
         )
         # What this adoption left behind may be lost in its turn, and with it what the sequence knew of it.
         earlier = positions.floor_of([position])
@@ -420,7 +258,7 @@ class Shard:
         except (Fenced, Unknown, Aborted) as fault:
             self._lost(kafka, fault)
         else:
-            self._position = fresh
+            self._hold.position = fresh
         return Step(Did.ADOPTED, more=True)
 
     def _say_timeline(self, batch: Batch) -> None:
@@ -438,34 +276,6 @@ class Shard:
             if progress is not None and "done" in progress:
                 self._source.report(request.id, progress["done"])
 
-    def _follow_types(self, kafka: Log, batch: Batch) -> None:
-        """Look at the topics when they may be others: now and then, too, since anybody may change them."""
-        if (
-            batch.head.types_version != self._types_seen
-            or (batch.requests and self._dead)
-            or (batch.entries and time.monotonic() > self._checked_at + self._config.topic_check_interval)
-            or (self._troubles and not self._troubles.keys().isdisjoint(self._topics_of(batch)))
-        ):
-            self._check(kafka, batch.types, needed=self._topics_of(batch))
-            self._types_seen = batch.head.types_version
-
-    @staticmethod
-    def _topics_of(batch: Batch) -> set[str]:
-        names = {entry[1] for entry in batch.entries}
-        return {t.topic for t in batch.types.values() if t.name in names}
-
-    def _check(self, kafka: Log, types: Mapping[str, EntityType], *, needed: Collection[str] | None) -> None:
-        """Refuse topics that must not be published to, among those `needed` (None: all); the others are said once."""
-        identity = self._source.identity
-        troubles = kafka.check(types, shards=identity.shards if identity else 1)
-        self._checked_at = time.monotonic()
-        said, self._troubles = self._troubles, troubles
-        for topic, error in troubles.items():
-            if needed is None or topic in needed:
-                raise error
-            if topic not in said:
-                emit(log, "relay.topic", shard=self._number, topic=topic, error=error.message, cure=error.cure)
-
     # -- publishing --------------------------------------------------------------------------------------------
 
     def _nothing(self, kafka: Log, batch: Batch) -> Step:
@@ -474,7 +284,7 @@ class Shard:
         following = replace(batch.next(), timeline=head.timeline, requests=batch.progress)
         if position.cut is not None:
             # The end of a cut is a point of its own: what came since is read from there.
-            self._position = following
+            self._hold.position = following
             return Step(Did.NOTHING, more=True, caught_up=self._past_cut(batch), read_seconds=batch.seconds)
         anchor, top, identity = position.point.anchor, head.top, self._source.identity
         # A shard without an anchor pins the ring from its start: it takes the first that there is.
@@ -488,15 +298,15 @@ class Shard:
         )
         if aged or position.timeline != head.timeline or len(following.requests) != len(position.requests):
             self._commit(kafka, Part.alone(following), head.insert_lsn)
-            self._position = following
+            self._hold.position = following
         return Step(Did.NOTHING, caught_up=True, read_seconds=batch.seconds)
 
     def _past_cut(self, batch: Batch) -> bool:
         """Whether all that was committed at the take-over is published once this batch is."""
         if batch.cut:
             return False
-        caught_up = batch.position.cut is None or not self._inherited
-        self._inherited = False
+        caught_up = batch.position.cut is None or not self._hold.inherited
+        self._hold.inherited = False
         return caught_up
 
     def _publish(self, kafka: Log, plan: Plan, batch: Batch, *, prepared_in: float) -> Step:
@@ -517,7 +327,7 @@ class Shard:
                 # Not while it is handled: the exception holds the producer that is to be thrown away.
                 self._narrow(kafka, plan, part, refused)
                 continue
-            self._position, self._dead = part.position, plan.done(part)
+            self._hold.position, self._hold.dead = part.position, plan.done(part)
             dead += len(part.letters)
             for letter in part.letters:
                 emit(
@@ -570,16 +380,16 @@ class Shard:
         `last_id` is where the batch was cut. Seconds of producing, of waiting for the disk, and of committing.
         """
         if part.letters:
-            self._check_dead({*self._dead, *((letter.type, letter.key) for letter in part.letters)})
+            self._check_dead({*self._hold.dead, *((letter.type, letter.key) for letter in part.letters)})
         if kafka.outdated:
-            self._renew(kafka)
+            self._hold.renew()
         began = time.monotonic()
         self._source.wait_flushed(lsn)
         flushed = time.monotonic()
         cut = part.position.cut
         if last_id is not None and cut is not None and cut.last_id == last_id and not self._stop():
             # The batch's last part: while it is sent and committed, the next batch of the same cut is read.
-            self._ahead = self._thread.submit(self._read, part.position)
+            self._ahead.begin(self._read, part.position)
         kafka.begin(watched=self._watched)
         kafka.send_all(part.messages)
         for letter in part.letters:
@@ -598,14 +408,14 @@ class Shard:
 
     def _narrow(self, kafka: Log, plan: Plan, part: Part, fault: Refused) -> None:
         """Leave out the records that are refused: those that the broker names, or the one that is refused alone."""
-        self._drop_ahead()
+        self._ahead.drop()
         if fault.own is not None:
             raise _own_refused(fault)
         culprits = fault.culprits
         if not culprits and fault.suspects:
             found = kafka.probe([part.messages[place] for place in fault.suspects])
             culprits = {fault.suspects[place]: reason for place, reason in found.items()}
-        self._renew(kafka)
+        self._hold.renew()
         if culprits:
             plan.refuse(culprits)
         elif len(part.messages) == 1:

@@ -17,9 +17,8 @@ from model.explore import Found, Rules, entry, explore
 from model.holder import TYPE, TYPES
 from model.world import SYSTEM, Commit, Database, Kafka, Row, Transaction, World, Writer
 from outbox.batch import Batch
-from outbox.ports import Log
+from outbox.hold import Hold
 from outbox.position import Position, start
-from outbox.shard import Shard
 
 
 @pytest.fixture(autouse=True)
@@ -310,9 +309,10 @@ def test_a_topics_limit_that_changes_beside_a_successor() -> None:
     right(explore(world("A.A.", limits=1), BESIDE, begun=1), least=90)
 
 
-def renews_blindly(shard: Shard, kafka: Log) -> None:
+def renews_blindly(hold: Hold) -> None:
     """Go on from what is in memory, whoever was fenced by it."""
-    kafka.renew()
+    assert hold.kafka is not None
+    hold.kafka.renew()
 
 
 @pytest.mark.parametrize("misfortunes", [{"refusals": 1}, {"limits": 1}], ids=str)
@@ -320,7 +320,7 @@ def test_wrong_a_fresh_producer_without_a_look_at_the_position_doubles(
     misfortunes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fences the successor, and publishes again what that one has published."""
-    monkeypatch.setattr(Shard, "_renew", renews_blindly)
+    monkeypatch.setattr(Hold, "renew", renews_blindly)
     wrong(explore(world("A.A.", **misfortunes), BESIDE, begun=1), "published")
 
 

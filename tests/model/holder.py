@@ -186,32 +186,31 @@ class _Run:
             token=fields.token,
             grace=0.0,
         )
+        hold = made._hold
         # No look at the topics by the clock of whoever runs this.
-        made._checked_at = math.inf
-        made._kafka = LogPort(self, fields.producer) if fields.producer is not None else None
-        made._position = fields.position
-        made._dead = dict(fields.dead)
-        made._inherited = fields.inherited
-        made._types_seen = 1
-        made._has_held = fields.held
+        made._topics.looked_at = math.inf
+        hold.kafka = LogPort(self, fields.producer) if fields.producer is not None else None
+        hold.position = fields.position
+        hold.dead = dict(fields.dead)
+        hold.inherited = fields.inherited
+        made._topics.seen = 1
+        hold.has_held = fields.held
         if fields.ahead is not None:
-            made._ahead = Future()
-            made._ahead.set_result(fields.ahead)
+            made._ahead.keep(fields.ahead)
         return made
 
     def fields(self, shard: Shard) -> Fields:
         """The shard's fields at the end of a step."""
-        log = shard._kafka
-        ahead = shard._ahead
+        hold, ahead = shard._hold, shard._ahead.batch
         return Fields(
             self._fields.token,
             self._fields.number,
-            log.producer if isinstance(log, LogPort) else None,
-            shard._position,
-            tuple(sorted(shard._dead.items())),
+            hold.kafka.producer if isinstance(hold.kafka, LogPort) else None,
+            hold.position,
+            tuple(sorted(hold.dead.items())),
             ahead.result() if ahead is not None and ahead.exception() is None else None,
-            shard._inherited,
-            shard._has_held,
+            hold.inherited,
+            hold.has_held,
             self.source.generation,
         )
 
