@@ -31,9 +31,9 @@ class Hold:
     """The hold of one shard.
 
     While it is held, `kafka` is its log, `position` the committed position, `dead` its dead letters: by entity, the
-    entry's id. `token` names this holder, anew for each start. `inherited`: whether the cut that is being read was begun
-    by a former holder. `has_held`: whether this process has held it, now or before. `grace` is how long, in seconds, a
-    successor is given to write its token; `stop` is asked within long waits whether to give up.
+    entry's id. `token` names this holder, anew for each start. `inherited`: whether the cut that is being read was
+    begun by a former holder. `has_held`: whether this process has held it, now or before. `grace` is how long, in
+    seconds, a successor is given to write its token; `stop` is asked within long waits whether to give up.
     """
 
     def __init__(
