@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -27,19 +28,44 @@ from faults.cases import CASES
 from faults.scene import Outcome
 from faults.volume import LeftOutError
 
-COLUMNS = ("fault", "times", "entries", "records", "lost", "doubled", "out of order", "ghosts", "seconds until on")
+COLUMNS = (
+    *("fault", "times", "entries", "records", "lost", "doubled", "out of order", "ghosts"),
+    "seconds until on (median / most)",
+)
+
+
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
 
 
 def main() -> int:
     """Run; the exit code."""
+    # As Ctrl-C: servers are stopped and their directories removed.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return _run()
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped; nothing is left behind.\n")
+        return 130
+
+
+def _run() -> int:
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"which of: {', '.join(CASES)} (all)")
-    parser.add_argument("--times", type=int, help="how often each, instead of its own number")
+    parser.add_argument("--times", type=_positive, help="how often each, instead of its own number")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table into FILE, between its marks")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     chosen = parser.parse_args()
     if chosen.write and chosen.cases:
         parser.error("the table is that of a whole run: --write takes no cases")
+    if chosen.write and BEGIN not in (chosen.write.read_text() if chosen.write.is_file() else ""):
+        parser.error(f"{chosen.write} has no line {BEGIN}, after which the table is to be written")
     unknown = set(chosen.cases) - set(CASES)
     if unknown:
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
@@ -66,7 +92,9 @@ def main() -> int:
                 for outcome in run(directory, chosen.times or times, say):
                     outcomes.append(outcome)
                     verdict = "right" if outcome.judgement.right else "WRONG"
-                    progress.console.print(f"{verdict}: {outcome.fault}, {outcome.times} times {outcome.notes}")
+                    often = f"{outcome.times} time{'s' * (outcome.times != 1)}"
+                    notes = f" ({outcome.notes})" if outcome.notes else ""
+                    progress.console.print(f"{verdict}: {outcome.fault}, {often}{notes}")
                     for example in outcome.judgement.examples:
                         progress.console.print(f"    {example}")
             except LeftOutError as reason:
@@ -84,7 +112,7 @@ def main() -> int:
     for faults in together:
         console.print(f"In one scene, judged as a whole: {'; '.join(faults)}.")
     total = sum(outcome.times for outcome in outcomes if not outcome.unit)
-    console.print(f"{total} faults in {time.monotonic() - began:.0f} s")
+    console.print(f"{total} fault{'s' * (total != 1)} in {time.monotonic() - began:.0f} s")
     if chosen.write and not failed and not left_out:
         _write(chosen.write, outcomes, together, total, time.monotonic() - began)
     return 1 if failed or any(not outcome.judgement.right for outcome in outcomes) else 0
@@ -126,7 +154,7 @@ def _say(progress: Progress, name: str, text: str) -> None:
     if progress.console.is_terminal:
         progress.update(progress.task_ids[0], description=text)
     else:
-        progress.console.print(f"{name}: {text}")
+        progress.console.print(text)
 
 
 def _print(outcomes: list[Outcome], *, as_json: bool) -> None:
@@ -137,9 +165,6 @@ def _print(outcomes: list[Outcome], *, as_json: bool) -> None:
     for outcome in outcomes:
         table.add_row(*outcome.row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
 def _write(file: Path, outcomes: list[Outcome], together: list[list[str]], total: int, seconds: float) -> None:

@@ -385,7 +385,7 @@ class Scene:
 
     def admin(self) -> AdminClient:
         """Kafka, as its administrator."""
-        return AdminClient({"bootstrap.servers": self.bootstrap})
+        return AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
 
     def delete_topic(self, topic: str) -> None:
         """Delete a topic, as somebody might, and wait until it is gone."""
