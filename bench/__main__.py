@@ -43,13 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--entries", type=_positive, default=1_000_000, help="rows in one round (default 1,000,000)")
     parser.add_argument("--rounds", type=_positive, default=5, help="rounds whose figures count (default 5)")
-    parser.add_argument("--warm-up", type=int, default=1, help="rounds before them (default 1)")
-    parser.add_argument("--seconds", type=float, default=600, help="the most that one contender may take in one round")
-    parser.add_argument("--stage-seconds", type=float, help="how long a steady load, or idleness, is watched")
-    parser.add_argument("--peers", help="whom to measure, with commas; default: all")
+    parser.add_argument("--warm-up", type=_whole, default=1, help="rounds before them (default 1)")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=600, help="the most that one contender may take in one round"
+    )
+    parser.add_argument("--stage-seconds", type=_seconds, help="how long a steady load, or idleness, is watched")
+    parser.add_argument(
+        "--peers", help="whom to measure, with commas; default: all; a wrong one is answered with those"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the servers' directories and logs")
     chosen = parser.parse_args(given)
+    if chosen.peers is not None and chosen.part in PARTS:
+        known = importlib.import_module(PARTS[chosen.part]).PEERS
+        if unknown := [name for name in chosen.peers.split(",") if name not in known]:
+            parser.error(f"{chosen.part} does not measure {', '.join(unknown)}; it measures {', '.join(known)}")
     signal.signal(signal.SIGTERM, _stop)
     try:
         return _report() if chosen.part == REPORT else _measure(chosen, given)
@@ -59,6 +67,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped; nothing is left behind.", file=sys.stderr)
         return 130
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("at least 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError("more than 0")
+    return number
 
 
 def _report() -> int:

@@ -37,6 +37,8 @@ def write(parts: Sequence[str], page: Path = PAGE, kept: Path = DIRECTORY) -> li
         if not file.exists():
             continue
         report = Report.load(file)
+        if not (report.series or report.ratios):
+            raise ServerError(f"{file} has no figures: measure the part again.")
         picture = page.with_name(f"performance-{part}.svg")
         if report.chart is not None:
             _draw(file, picture)

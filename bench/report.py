@@ -180,4 +180,7 @@ def _ratio_row(one: Ratio) -> str:
     spread = one.spread
     aim = "" if one.aim is None else f"at {'least' if one.at_least else 'most'} {one.aim:g}"
     met = {None: "", True: "met", False: "**missed**"}[one.met]
-    return f"| {one.name} | {spread.median:.2f} ({spread.least:.2f} to {spread.most:.2f}) | {aim} | {met} |"
+    # A digit more than the aim has, so that nothing seems to be met that is not.
+    digits = 2 if one.aim is None else max(2, len(f"{one.aim:g}".partition(".")[2]) + 1)
+    middle, least, most = (f"{value:.{digits}f}" for value in (spread.median, spread.least, spread.most))
+    return f"| {one.name} | {middle} ({least} to {most}) | {aim} | {met} |"

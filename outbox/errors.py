@@ -27,7 +27,7 @@ class OutboxError(Exception):
 
 
 class EntryError(OutboxError):
-    """An entry that could not be published is refused in the writer's own transaction."""
+    """What names or makes an entry is refused; a writer's entry in its own transaction."""
 
     exit_code = 65
 

@@ -169,6 +169,10 @@ def _scripts(ini: Path) -> ScriptDirectory:
     return found
 
 
+class UpToDateError(ConfigError):
+    """There is nothing to write: the service's revisions have it."""
+
+
 def write_revision(
     ini: Path,
     *,
@@ -402,7 +406,7 @@ def _outbox(there: _Written, *, name: str | None) -> tuple[list[str], list[str],
             f"them): a later library would create another one. {add}",
         )
     if there.version >= NEWEST:
-        raise ConfigError(
+        raise UpToDateError(
             f"The service's revisions already bring the outbox to version {there.version}, the newest.",
             cure=f"Nothing is to do. {add}",
         )

@@ -24,12 +24,13 @@ class TypeStatus:
     """One entity type in one shard. `oldest_seconds`: the age of the oldest unpublished entry, None without one.
 
     `published`, `records` and `dead` are totals since the position began; `collapse_ratio` is entries for each record.
+    What only Kafka knows, `unpublished` too, is None when it could not be asked.
     """
 
     type: str
     shard: int
     topic: str | None
-    unpublished: int
+    unpublished: int | None
     oldest_seconds: float | None
     published: int | None
     records: int | None
@@ -102,8 +103,10 @@ def look(config: Config, connection: Connection) -> Status:
         position = found.get(shard)
         current = position if position is not None and position.epoch == epoch else None
         judged_from = current or start(name, shard, "", epoch, None, 0, removed_id)
-        with translated(place(config.database_url)):
-            rows = connection.execute(queries["unpublished"].encode(), position_arguments(judged_from)).fetchall()
+        rows: list[tuple[Any, ...]] = []
+        if kafka is None:
+            with translated(place(config.database_url)):
+                rows = connection.execute(queries["unpublished"].encode(), position_arguments(judged_from)).fetchall()
         unpublished = {row[0]: (row[1], row[2]) for row in rows}
         totals = position.totals if position else {}
         for type_name in sorted({*types, *unpublished, *totals}):
@@ -114,9 +117,8 @@ def look(config: Config, connection: Connection) -> Status:
                     type_name,
                     shard,
                     types.get(type_name),
-                    # Without Kafka nothing is known of the position: all that is retained counts.
-                    count,
-                    None if oldest is None else round(float(oldest), 3),
+                    None if kafka else count,
+                    None if kafka or oldest is None else round(float(oldest), 3),
                     total.entries if total else (None if kafka else 0),
                     total.records if total else (None if kafka else 0),
                     None if kafka else letters.get((type_name, shard), 0),

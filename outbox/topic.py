@@ -197,7 +197,10 @@ def plan(specs: Iterable[TopicSpec], actual: Mapping[str, TopicState]) -> list[A
             )
             actions.append(Action("grow", spec.name, text, spec))
         if state.partitions > spec.partitions:
-            text = f"{state.partitions} partitions, should be {spec.partitions}: Kafka never takes partitions away"
+            text = (
+                f"{state.partitions} partitions, should be {spec.partitions}: Kafka never takes partitions away; "
+                f"declare what there is: outbox types change TYPE --partitions {state.partitions}"
+            )
             actions.append(Action("cannot", spec.name, text, spec))
         if state.replication_factor != spec.replication_factor:
             text = (

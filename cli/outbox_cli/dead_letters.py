@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -86,6 +87,18 @@ def _check_type(connection: Connection, config: Config, outbox: str, type_name: 
         raise UnknownTypeError(f'There is no entity type "{type_name}".', cure="See them: outbox types list.")
 
 
+def _exist(config: Config, outbox: str, type_name: str | None, keys: tuple[str, ...]) -> bool:
+    """Whether there is any of these, as far as Kafka is named; a request for none would wait for a relay in vain."""
+    if not config.kafka_bootstrap_servers:
+        return True
+    from outbox.kafka.shard_log import read_dead_letters
+
+    return any(
+        (type_name is None or letter.type == type_name) and (not keys or letter.key in keys)
+        for letter, _ in read_dead_letters(config, outbox)
+    )
+
+
 def _ask(
     settings: Settings,
     kind: Literal["retry", "drop"],
@@ -109,6 +122,9 @@ def _ask(
         name, shards = outbox_row(connection, schema)
         if type_name is not None and type_name not in {t.name for t in read_types(connection, schema)}:
             _check_type(connection, settings.needs_kafka(), name, type_name)
+        if not _exist(settings.config, name, type_name, keys):
+            click.echo("There is no such dead letter.", err=True)
+            return _tell({"request": None, {"retry": "retried", "drop": "dropped"}[kind]: 0}, [], as_json)
         number = request(connection, schema, kind, type_name=type_name, keys=keys)
         # A sleeping relay is woken as by a writer.
         connection.execute("SELECT pg_notify(%s, '')", [schema])
@@ -128,14 +144,19 @@ def _ask(
         for word in ("retried", "refused", "dropped", "not_retained"):
             if word in outcome:
                 total[word] = total.get(word, 0) + outcome[word]
+    return _tell({"request": number, **total}, gone, as_json)
+
+
+def _tell(total: Mapping[str, int | None], gone: list[list[str]], as_json: bool) -> None:
     if as_json:
-        print_json({"request": number, **total, "examples": gone})
-        return
-    click.echo(", ".join(f"{word.replace('_', ' ')}: {count}" for word, count in total.items()))
+        return print_json({**total, "examples": gone})
+    counts = {word: count for word, count in total.items() if word != "request"}
+    click.echo(", ".join(f"{word.replace('_', ' ')}: {count}" for word, count in counts.items()))
     if total.get("refused"):
         click.echo("refused again; the reasons: outbox dead-letters list", err=True)
     for entity in gone:
         click.echo(f"no longer retained: {entity[0]} {entity[1]}; have the service write it again", err=True)
+    return None
 
 
 _TYPE = click.option("--type", "type_name", type=ENTITY_TYPE, metavar="TYPE", help="Those of this entity type.")

@@ -44,24 +44,28 @@ def command(
     as_json: bool,
 ) -> None:
     """Write a revision into the service's versions folder: create or upgrade the outbox, or register a type."""
-    from outbox.revision import write_revision
+    from outbox.revision import UpToDateError, write_revision
 
     if capture is None and (key or no_existing_rows):
         raise click.UsageError("--key and --no-existing-rows belong to --capture TABLE.")
-    path = write_revision(
-        alembic_config,
-        name=settings.config.name,
-        schema=settings.config.schema,
-        add_type=add_type,
-        topic=topic,
-        capture=capture,
-        type=type_name,
-        key=key or ("id",),
-        existing_rows=not no_existing_rows,
-        head=head,
-        version_path=version_path,
-    )
+    path: Path | None = None
+    try:
+        path = write_revision(
+            alembic_config,
+            name=settings.config.name,
+            schema=settings.config.schema,
+            add_type=add_type,
+            topic=topic,
+            capture=capture,
+            type=type_name,
+            key=key or ("id",),
+            existing_rows=not no_existing_rows,
+            head=head,
+            version_path=version_path,
+        )
+    except UpToDateError as there:
+        click.echo(f"{there.message} {there.cure}", err=True)
     if as_json:
         print_json({"path": path})
-    else:
+    elif path is not None:
         click.echo(f"Wrote {path}. Read it, then: alembic upgrade head.")

@@ -7,6 +7,7 @@ import threading
 
 import click
 
+from outbox.errors import BrokerUnavailableError
 from outbox.status import Status, look
 from outbox_cli.settings import Seconds, Settings, json_option, print_json, table, with_settings
 
@@ -33,6 +34,9 @@ def command(settings: Settings, watch: bool, interval: float, as_json: bool) -> 
                     click.clear()
                 click.echo(render(status))
             if not watch:
+                if status.kafka is not None and config.kafka_bootstrap_servers:
+                    # Shown all the same, but a monitor must not take it for an answer.
+                    click.get_current_context().exit(BrokerUnavailableError.exit_code)
                 return
             stopped.wait(interval)
 
@@ -47,7 +51,7 @@ def render(status: Status) -> str:
     """The status for people."""
     parts = [f'outbox "{status.name}", epoch {status.epoch}']
     if status.kafka is not None:
-        parts.append(f"Kafka could not be asked: {status.kafka} All that is retained counts as unpublished.")
+        parts.append(f"Kafka could not be asked: {status.kafka} What is unpublished is not known.")
     for shard in status.shards:
         on = f" ({shard.on})" if shard.on else ""
         age = "" if shard.position_age_seconds is None else f", last position {shard.position_age_seconds:.0f} s ago"
@@ -57,7 +61,7 @@ def render(status: Status) -> str:
             t.type,
             t.shard,
             t.topic or "(not registered)",
-            t.unpublished,
+            _or_unknown(t.unpublished),
             "" if t.oldest_seconds is None else f"{t.oldest_seconds:.1f} s",
             _or_unknown(t.published),
             _or_unknown(t.records),
