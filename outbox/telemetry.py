@@ -29,8 +29,8 @@ EVENTS: Mapping[str, Event] = {
     ),
     "relay.new_log": Event(
         logging.WARNING,
-        "shard {shard} has no position (a first start, or the topic of positions was lost): the retained log is published "
-        "from its start (ids above {removed_id})",
+        "shard {shard} has no position (a first start, or the topic of positions was lost): the retained log is "
+        "published from its start (ids above {removed_id})",
         "The first start of an outbox; or the positions topic was lost.",
     ),
     "relay.published": Event(
