@@ -12,7 +12,7 @@ from faults.cases import Run, copies, entries, kafka, mended, postgres, relay
 from faults.scene import Scene
 from faults.victim import BEFORE_THE_BELL
 from faults.volume import LeftOutError
-from relays import eventually
+from relays import eventually, must
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka, pytest.mark.acceptance]
 
@@ -85,6 +85,29 @@ def _believe_all_published(scene: Scene) -> None:
             connection.execute(
                 f"CREATE OR REPLACE FUNCTION {head} RETURNS boolean LANGUAGE sql AS 'SELECT false'".encode()
             )
+
+
+def test_a_zombie_that_needs_a_fresh_producer_finds_its_successor_instead(tmp_path: Path) -> None:
+    """A topic's limit changes while it is frozen: the fresh producer fences whoever took the shard meanwhile."""
+    tmp_path.chmod(0o755)
+    with Scene(tmp_path, "renews", topic_check_interval=0.1) as scene, scene.load() as load:
+        frozen = scene.victim("after read", 2, "STOP")
+        load.wait_written(5)
+        frozen.wait_frozen()
+        must(scene.env(), "types", "change", "wide", "--topic-setting", "max.message.bytes=700000")
+        must(scene.env(), "topics", "apply", "--yes")
+        successor = scene.relay()
+        successor.wait_said("relay.holds")
+        scene.seconds_until_published()
+        frozen.send(signal.SIGCONT)
+        assert frozen.wait() == 75, frozen.log.read_text()[-2000:]
+        load.wait_written(5)
+        # It was fenced by that, and has taken its shard back.
+        scene.seconds_until_published()
+        assert successor.alive, successor.log.read_text()[-2000:]
+        load.stop()
+        judgement = scene.settle(successor)
+    assert judgement.right, judgement
 
 
 @pytest.mark.parametrize("deaf", [False, True], ids=["looks again", "does not"])
