@@ -204,11 +204,13 @@ class Hold:
             emit(log, "relay.hold_in_doubt", shard=self._number, reason=str(fault))
         self.give_up()
         kafka.discard()
-        if aborted or self._stop():
+        if self._stop():
             return
         # Fenced, and the own token still there: a stall, or a successor that has not written its own yet. Taking the
-        # shard back at once would fence it in its turn.
-        deadline = time.monotonic() + (self._grace if isinstance(fault, Fenced) and former is None else 0.0)
+        # shard back at once would fence it in its turn. A broker may also call it an error of its own, when a successor
+        # comes in the middle of a commit.
+        graced = isinstance(fault, Fenced | Aborted) and former is None
+        deadline = time.monotonic() + (self._grace if graced else 0.0)
         while True:
             value = kafka.read_position()
             holder = Position.decode(value).token if value is not None else None

@@ -1,7 +1,8 @@
 """`python -m faults`: run the cases, with progress; print the table, and write it with `--write FILE`.
 
 Exit 0 when nothing was lost, doubled, stale or a ghost; 1 when something was, or a case failed; 130 after Ctrl-C.
-A case that this machine cannot do is left out and said; the table is written by a whole run only.
+A case that this machine cannot do is left out and said. One that stops at an assertion of its own is run again, once,
+and that is said, too; what was judged wrong counts all the same. The table is written by a whole run only.
 """
 
 from __future__ import annotations
@@ -72,8 +73,10 @@ def _run() -> int:
     console = Console(stderr=True, highlight=False)
     began = time.monotonic()
     outcomes: list[Outcome] = []
-    failed: list[str] = []
-    left_out: dict[str, str] = {}
+    # Cases that stopped at an assertion of their own, with the assertion; and those that did so twice.
+    failed: dict[str, str] = {}
+    given_up: list[str] = []
+    left_out: list[str] = []
     names = chosen.cases or list(CASES)
     with (
         tempfile.TemporaryDirectory(prefix="outbox-faults-") as made,
@@ -84,27 +87,25 @@ def _run() -> int:
         directory = Path(made)
         directory.chmod(0o711)
         all_of_it = progress.add_task("cases", total=len(names))
-        for name in names:
-            run, times = CASES[name]
+        queue = list(names)
+        for name in queue:
             progress.update(all_of_it, description=name)
-            say = partial(_say, progress, name)
+            place = directory / f"{name}-{queue.count(name)}"
+            place.mkdir(mode=0o711)
             try:
-                for outcome in run(directory, chosen.times or times, say):
-                    outcomes.append(outcome)
-                    verdict = "right" if outcome.judgement.right else "WRONG"
-                    often = f"{outcome.times} time{'s' * (outcome.times != 1)}"
-                    notes = f" ({outcome.notes})" if outcome.notes else ""
-                    progress.console.print(f"{verdict}: {outcome.fault}, {often}{notes}")
-                    for example in outcome.judgement.examples:
-                        progress.console.print(f"    {example}")
+                found, stopped = _run_case(name, place, chosen.times, progress)
             except LeftOutError as reason:
-                left_out[name] = str(reason)
+                left_out.append(name)
                 progress.console.print(f"left out: {name}: {reason}")
-            except Exception:
-                failed.append(name)
-                progress.console.print(f"[red]FAILED: {name}[/red]")
-                progress.console.print(traceback.format_exc(), markup=False)
-                _show_logs(progress.console, directory)
+            else:
+                # Of a case that stopped only what was judged wrong counts; it is run once more, at the end.
+                outcomes += [outcome for outcome in found if not (stopped and outcome.judgement.right)]
+                if stopped and name in failed:
+                    given_up.append(name)
+                elif stopped:
+                    failed[name] = stopped
+                    queue.append(name)
+                    progress.update(all_of_it, total=len(queue))
             progress.advance(all_of_it)
     together = in_one_scene(outcomes)
     outcomes = merged(outcomes)
@@ -113,9 +114,35 @@ def _run() -> int:
         console.print(f"In one scene, judged as a whole: {'; '.join(faults)}.")
     total = sum(outcome.times for outcome in outcomes if not outcome.unit)
     console.print(f"{total} fault{'s' * (total != 1)} in {time.monotonic() - began:.0f} s")
-    if chosen.write and not failed and not left_out:
-        _write(chosen.write, outcomes, together, total, time.monotonic() - began)
+    again = [f"{name} stopped the first time ({why}), and was run again" for name, why in failed.items()]
+    for what in again:
+        console.print(what)
+    if chosen.write and not given_up and not left_out:
+        _write(chosen.write, outcomes, together, again, total, time.monotonic() - began)
     return 1 if failed or any(not outcome.judgement.right for outcome in outcomes) else 0
+
+
+def _run_case(name: str, place: Path, times: int | None, progress: Progress) -> tuple[list[Outcome], str]:
+    """Run one case: what it found, and why it stopped before its end (empty: it did not)."""
+    run, usual = CASES[name]
+    found: list[Outcome] = []
+    try:
+        for outcome in run(place, times or usual, partial(_say, progress, name)):
+            found.append(outcome)
+            verdict = "right" if outcome.judgement.right else "WRONG"
+            often = f"{outcome.times} time{'s' * (outcome.times != 1)}"
+            notes = f" ({outcome.notes})" if outcome.notes else ""
+            progress.console.print(f"{verdict}: {outcome.fault}, {often}{notes}")
+            for example in outcome.judgement.examples:
+                progress.console.print(f"    {example}")
+    except LeftOutError:
+        raise
+    except Exception as error:
+        progress.console.print(f"[red]FAILED: {name}[/red]")
+        progress.console.print(traceback.format_exc(), markup=False)
+        _show_logs(progress.console, place)
+        return found, str(error).strip().partition("\n")[0] or type(error).__name__
+    return found, ""
 
 
 def merged(outcomes: list[Outcome]) -> list[Outcome]:
@@ -167,7 +194,9 @@ def _print(outcomes: list[Outcome], *, as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _write(file: Path, outcomes: list[Outcome], together: list[list[str]], total: int, seconds: float) -> None:
+def _write(
+    file: Path, outcomes: list[Outcome], together: list[list[str]], again: list[str], total: int, seconds: float
+) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, {platform.system()}"
     command = f'make faults ARGS="{shlex.join(sys.argv[1:])}"'
@@ -185,6 +214,7 @@ def _write(file: Path, outcomes: list[Outcome], together: list[list[str]], total
         "",
         *(f"- {outcome.fault}: {outcome.notes}" for outcome in outcomes if outcome.notes),
         *(f"- In one scene, judged as a whole: {'; '.join(faults)}" for faults in together),
+        *(f"- {what}" for what in again),
     ]
     before, _, rest = file.read_text().partition(BEGIN)
     after = rest.partition(END)[2]

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from confluent_kafka import KafkaException
+
 from outbox import relay
 from outbox.adoption import adopt_log
 from outbox.batch import Batch
@@ -131,7 +133,10 @@ class VictimLog(ShardLog):
     def _flush(self) -> None:
         """Let the broker have what was sent: the client alone would take it into its grave."""
         producer = self._open()._producer  # the client itself
-        left = producer.flush(30)
+        try:
+            left = producer.flush(30)
+        except KafkaException:
+            return  # fenced, which the commit will tell
         assert left == 0, f"{left} records did not get to the broker"
 
 
