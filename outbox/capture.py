@@ -131,12 +131,13 @@ class Capture:
 
     @property
     def source(self) -> str:
-        """The query of all keys and states.
+        """The query of all keys and states, with the columns of the key as `key_1`, `key_2` ..., by which it is paged.
 
         Under `TEXT_SETTINGS` and `SEARCH_PATH` its texts are, byte for byte, what the trigger writes. Rows that are
         not published (their state is null) are left out.
         """
-        query = f"SELECT {self.key_of('t')} AS key, {self.state_of} AS state FROM ONLY {self.target} t"
+        made_of = ", ".join(f"t.{quote(column)} AS key_{n}" for n, column in enumerate(self.key, start=1))
+        query = f"SELECT {self.key_of('t')} AS key, {self.state_of} AS state, {made_of} FROM ONLY {self.target} t"
         return query if self.state is None else f"{query} WHERE {self.state_of} IS NOT NULL"
 
 

@@ -13,7 +13,7 @@ class EntityType:
     `topic_settings` holds Kafka's names of the settings that differ from the defaults, and `partitions`.
     `collapse`: of several unpublished entries of one key only the last is published.
     `max_bytes`: the greatest size of a state, uncompressed.
-    `source`: a query with the columns `key` and `state`, or None.
+    `source`: the query of all keys and states, or None; see `outbox.source`.
     """
 
     name: str

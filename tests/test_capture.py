@@ -184,7 +184,7 @@ def by_source(connection: psycopg.Connection) -> list[tuple[str, str]]:
     with connection.transaction():
         for name, value in {"search_path": SEARCH_PATH, **TEXT_SETTINGS}.items():
             connection.execute("SELECT set_config(%s, %s, true)", [name, value])
-        return sorted(connection.execute(row[0]).fetchall())
+        return sorted(row[:2] for row in connection.execute(row[0]).fetchall())
 
 
 def by_trigger(connection: psycopg.Connection) -> list[tuple[str, str]]:
@@ -224,7 +224,7 @@ def test_source_and_trigger_give_equal_bytes_whatever_the_writers_session(databa
         # The wrong way: the same query in the writer's session.
         source = connection.execute("SELECT source FROM outbox.entity_types").fetchone()
         assert source is not None
-        assert sorted(connection.execute(source[0]).fetchall()) != [first, second]
+        assert sorted(row[:2] for row in connection.execute(source[0]).fetchall()) != [first, second]
 
 
 @pytest.mark.parametrize("option", [{"columns": ["id", "at"]}, {"state": "jsonb_build_object('at', t.at::text)"}])

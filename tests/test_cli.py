@@ -258,3 +258,18 @@ def test_with_json_an_error_is_json(nowhere: dict[str, str]) -> None:
     said = json.loads(done.stderr)
     assert said["exit_code"] == done.returncode == 69
     assert said["cure"]
+
+
+def test_a_source_whose_order_no_index_gives_is_taken_with_a_warning(outbox_database: str) -> None:
+    """The columns that the key is made of mend it; what is no source is refused."""
+    env = environment(outbox_database, "x:1")
+    with psycopg.connect(outbox_database) as connection:
+        connection.execute("CREATE TABLE customer (id int PRIMARY KEY, name text)")
+    slow = "SELECT id::text AS key, to_jsonb(t) AS state FROM customer t"
+    added = outbox(env, "types", "add", "customer", "--topic", "customer", "--source", slow)
+    assert added.returncode == 0, added.stderr
+    assert "no index gives the order of key" in added.stderr
+    changed = outbox(env, "types", "change", "customer", "--source", slow.replace("state FROM", "state, id FROM"))
+    assert changed.returncode == 0, changed.stderr
+    assert "warning" not in changed.stderr
+    refused(env, ("types", "change", "customer", "--source", "SELECT 1 AS key"), 78, "has the columns key", "state")

@@ -51,7 +51,7 @@ def _options(function: Any) -> Any:
             click.option("--max-bytes", type=click.IntRange(1, 100_000_000), help="Greatest size of a state."),
             click.option("--partitions", type=click.IntRange(1, 100_000), help="Partitions of the topic; default 8."),
             click.option("--topic-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the topic."),
-            click.option("--source", help="A query of all keys and states; kept for later use."),
+            click.option("--source", help="A query of all keys and states."),
         )
     ):
         function = option(function)
@@ -212,29 +212,18 @@ def _check_topic(connection: Connection, schema: str, name: str, topic: str) -> 
         )
 
 
-def _check_source(connection: Connection, name: str, source: str | None) -> None:
-    """Refuse a source that is no query, or lacks its columns; it is only looked at, in a read-only transaction."""
-    import psycopg
+def _check_source(connection: Connection, name: str, query: str | None) -> None:
+    """Refuse a source that is no query, or lacks its columns; say what makes it slow."""
+    from outbox import source
 
-    if source is None:
-        return
-    try:
-        with connection.transaction(force_rollback=True):
-            connection.execute("SET TRANSACTION READ ONLY")
-            cursor = connection.execute(f"SELECT * FROM (\n{source}\n) AS source LIMIT 0".encode())
-            columns = [column.name for column in cursor.description or ()]
-    except psycopg.Error as error:
-        raise ConfigError(
-            f'The source of the entity type "{name}" is no query that can be read: '
-            f"{error.diag.message_primary or error}.",
-            cure="Give one like: SELECT id::text AS key, to_jsonb(t) AS state FROM customer t.",
-        ) from error
-    if {"key", "state"} - set(columns) or set(columns) - {"key", "state", "headers", "cause"}:
-        raise ConfigError(
-            f'The source of the entity type "{name}" has the columns {", ".join(columns)}.',
-            cure="It needs key and state, and may have headers and cause: "
-            "SELECT id::text AS key, to_jsonb(t) AS state FROM customer t.",
-        )
+    if query is not None:
+        why = source.slow_pages(connection, source.look(connection, name, query))
+        if why is not None:
+            click.echo(
+                f"warning: a backfill of {name} will be slow: {why}. Add the columns that the key is made of to the "
+                f"source, in the order of their index: {source.EXAMPLE}.",
+                err=True,
+            )
 
 
 def _unknown(name: str) -> UnknownTypeError:

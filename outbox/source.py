@@ -1,0 +1,129 @@
+"""A type's source: the query of all keys and states, as the domain's tables have them now.
+
+It has the columns `key` and `state`, and may have `headers` and `cause`. Whatever columns it has beside those are the
+ones that the key is made of, as the table has them, in the order of their index:
+
+    SELECT id::text AS key, to_jsonb(t) AS state, id FROM customer t
+
+By those it is read in pages and looked up; without any, by `key` itself. An expression like `id::text` has hardly ever
+an index, so that each page would sort the whole table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from outbox.database import Connection
+from outbox.errors import ConfigError
+from outbox.schema import quote
+
+EXAMPLE = "SELECT id::text AS key, to_jsonb(t) AS state, id FROM customer t"
+_OWN = ("key", "state", "headers", "cause")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a source: its name, and its type as SQL writes it."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A source that was looked at. `columns` in the query's order; `order` are those that it is paged by."""
+
+    query: str
+    columns: Sequence[Column]
+
+    @property
+    def order(self) -> Sequence[Column]:
+        """The columns that the key is made of; the key itself where the query has none."""
+        made_of = [column for column in self.columns if column.name not in _OWN]
+        return made_of or [column for column in self.columns if column.name == "key"]
+
+    def page(self, *, after: bool, where: str | None = None) -> str:
+        """The query of the next page, in the order of its index.
+
+        Its columns: key, state (text or bytea, as the query has it), headers and cause (null where the query has none),
+        and last an array of texts, where the page ended: given as `after_0`, `after_1` ... to the next page. `after`:
+        whether there was one before it. `where`: a condition over the source's columns. `rows`: how many at the most.
+        """
+        conditions = [] if where is None else [f"({where}\n)"]
+        if after:
+            given = ", ".join(f"%(after_{n})s::{column.type}" for n, column in enumerate(self.order))
+            conditions.append(f"({self._order}) > ({given})")
+        condition = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+        at = ", ".join(f"s.{quote(column.name)}::text" for column in self.order)
+        return (
+            f"SELECT {self._own}, ARRAY[{at}] AS at FROM (\n{self.query}\n) AS s{condition}"
+            f" ORDER BY {self._order} LIMIT %(rows)s"
+        )
+
+    @property
+    def _order(self) -> str:
+        return ", ".join(f"s.{quote(column.name)}" for column in self.order)
+
+    @property
+    def _own(self) -> str:
+        there = {column.name for column in self.columns}
+        return ", ".join(f"s.{name}" if name in there else f"NULL AS {name}" for name in _OWN)
+
+
+def look(connection: Connection, name: str, query: str) -> Source:
+    """Look at a source's columns, in a transaction that reads only; `ConfigError` when it is none."""
+    try:
+        with connection.transaction(force_rollback=True):
+            connection.execute("SET TRANSACTION READ ONLY")
+            cursor = connection.execute(f"SELECT * FROM (\n{query}\n) AS source LIMIT 0".encode())
+            described = cursor.description or ()
+            types = connection.execute(
+                "SELECT format_type(t, NULL) FROM unnest(%s::oid[]) WITH ORDINALITY AS n (t, place) ORDER BY place",
+                [[column.type_code for column in described]],
+            ).fetchall()
+    except psycopg.Error as error:
+        raise ConfigError(
+            f'The source of the entity type "{name}" is no query that can be read: '
+            f"{error.diag.message_primary or error}.",
+            cure=f"Give one like: {EXAMPLE}.",
+        ) from error
+    found = [Column(column.name, row[0]) for column, row in zip(described, types, strict=True)]
+    names = [column.name for column in found]
+    if {"key", "state"} - set(names) or len(set(names)) < len(names):
+        raise ConfigError(
+            f'The source of the entity type "{name}" has the columns {", ".join(names)}.',
+            cure="It needs key and state, and may have headers and cause, and the columns that the key is made of: "
+            f"{EXAMPLE}.",
+        )
+    return Source(query, found)
+
+
+def slow_pages(connection: Connection, source: Source) -> str | None:
+    """Why each page of a source costs more than the one before, in words; None when an index gives its order.
+
+    The planner tells, for a table as large as its statistics have it: a small one is read as a whole, and rightly.
+    """
+    arguments: Mapping[str, Any] = {"rows": 1000}
+    with connection.transaction(force_rollback=True):
+        connection.execute("SET TRANSACTION READ ONLY")
+        # A table without statistics looks small; what can be done with an index is what is asked for.
+        for setting in ("enable_seqscan", "enable_sort", "enable_bitmapscan"):
+            connection.execute(f"SET LOCAL {setting} = off".encode())
+        row = connection.execute(
+            f"EXPLAIN (FORMAT JSON, COSTS off) {source.page(after=False)}".encode(), arguments
+        ).fetchone()
+    nodes = list(_nodes(row[0][0]["Plan"])) if row else []
+    if not any(node in {"Sort", "Incremental Sort"} for node in nodes):
+        return None
+    by = ", ".join(column.name for column in source.order)
+    return f"no index gives the order of {by}: each page sorts the whole source"
+
+
+def _nodes(plan: Mapping[str, Any]) -> Iterator[str]:
+    yield plan["Node Type"]
+    for child in plan.get("Plans", ()):
+        yield from _nodes(child)
