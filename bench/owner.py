@@ -20,7 +20,7 @@ import psycopg
 
 from bench import install, pgbench
 from bench.debezium import LATENCY, Connect, Debezium
-from bench.measure import wait_for
+from bench.measure import Spread, wait_for
 from bench.options import Options
 from bench.pgbench import Times
 from bench.relay import Relay
@@ -321,8 +321,8 @@ def tell(report: Report, runs: Runs) -> None:
     for row in rows:
         rounds = runs.get(Setting(OFF, row.clients, row.durable), [])
         if rounds:
-            middle = sorted(one[PLAIN].mean for one in rounds)[len(rounds) // 2]
-            late = sorted(one[PLAIN].p99 for one in rounds)[len(rounds) // 2]
+            middle = Spread.of([one[PLAIN].mean for one in rounds]).median
+            late = Spread.of([one[PLAIN].p99 for one in rounds]).median
             report.notes.append(
                 f"The transaction with the plain insert, {row}, relay off: mean {middle / 1000:.2f} ms, "
                 f"p99 {late / 1000:.2f} ms."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.measure import percentile
 from devstack.postgres import Postgres
 from devstack.processes import ServerError
 
@@ -19,21 +19,13 @@ from devstack.processes import ServerError
 class Times:
     """One script in one run: microseconds of whole transactions."""
 
-    count: int
     mean: float
-    p50: float
     p99: float
 
     @classmethod
     def of(cls, micros: Sequence[float]) -> Times:
         """Sum a run up."""
-        ordered = sorted(micros)
-        return cls(
-            len(ordered),
-            statistics.fmean(ordered),
-            ordered[len(ordered) // 2],
-            ordered[min(len(ordered) - 1, math.floor(len(ordered) * 0.99))],
-        )
+        return cls(statistics.fmean(micros), percentile(sorted(micros), 0.99))
 
 
 def run(

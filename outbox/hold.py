@@ -157,8 +157,7 @@ class Hold:
             self._must_be_mine(self.kafka)
 
     def _must_be_mine(self, kafka: Log) -> None:
-        value = kafka.read_position()
-        if value is not None and Position.decode(value).token != self.token:
+        if _holder(kafka) not in {None, self.token}:
             raise self._superseded()
 
     def settle(self) -> None:
@@ -212,9 +211,7 @@ class Hold:
         graced = isinstance(fault, Fenced | Aborted) and former is None
         deadline = time.monotonic() + (self._grace if graced else 0.0)
         while True:
-            value = kafka.read_position()
-            holder = Position.decode(value).token if value is not None else None
-            if holder not in {None, self.token, former}:
+            if _holder(kafka) not in {None, self.token, former}:
                 raise self._superseded()
             if time.monotonic() >= deadline or self._stop():
                 return
@@ -231,3 +228,9 @@ class Hold:
         kafka, self.kafka, self.position = self.kafka, None, None
         if kafka is not None:
             kafka.close()
+
+
+def _holder(kafka: Log) -> str | None:
+    """Whose token the committed position bears; None when there is none."""
+    value = kafka.read_position()
+    return Position.decode(value).token if value is not None else None

@@ -30,8 +30,7 @@ from outbox.wake import Wake
 log = logging.getLogger("outbox.relay")
 
 _FIRST_PAUSE = 0.05
-# Looks in vain while a writer holds the doorbell, until they come as seldom as they may.
-_MOST_DOUBLINGS = 4
+# How much more seldom looks in vain come, at the most, while a writer holds the doorbell.
 _MOST_TIMES = 10
 
 
@@ -61,7 +60,8 @@ class Relay:
         )
         self._waiting_for: tuple[str, str] | None = None
         self._tries = 0
-        self._in_vain = 0
+        # How many busy_poll_intervals the next look in vain waits for.
+        self._times = 1
         self._next_prune = 0.0
         self._deadline: float | None = None
         self.done = Step(Did.NOTHING)
@@ -173,7 +173,7 @@ class Relay:
         if published:
             # Kafka answers a commit before it has marked it in the partitions. A transaction that begins before that is
             # told to come again, which takes the client four times as long; and what comes meanwhile goes with it.
-            self._in_vain = 0
+            self._times = 1
             self._wake.wait(self._config.busy_poll_interval)
         if not reader.try_bell():
             # A writer holds it for as long as its transaction is open: waiting for it would delay the others.
@@ -182,9 +182,8 @@ class Relay:
             if not polls_often:
                 self._wake.wait(self._config.poll_interval)
             elif not published:
-                times = min(2 ** min(self._in_vain, _MOST_DOUBLINGS), _MOST_TIMES)
-                self._wake.wait(self._config.busy_poll_interval * times)
-                self._in_vain += 1
+                self._wake.wait(self._config.busy_poll_interval * self._times)
+                self._times = min(2 * self._times, _MOST_TIMES)
             reader.hear()
             return
         found = False

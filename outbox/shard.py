@@ -201,8 +201,7 @@ class Shard:
 
     def _take(self) -> Step:
         """Take the shard over; at the first time no topic may be in the way."""
-        self._ahead.drop()
-        self._part_size, self._watched = None, False
+        self.forget()
         needed = () if self._hold.has_held else None
 
         def check(kafka: Log, types: Mapping[str, EntityType]) -> None:
@@ -220,8 +219,7 @@ class Shard:
 
     def _lost(self, kafka: Log, fault: Fault) -> None:
         """A transaction that failed, or may have."""
-        self._ahead.drop()
-        self._part_size, self._watched = None, False
+        self.forget()
         self._hold.lost(kafka, fault)
 
     # -- what the lineage says ---------------------------------------------------------------------------------

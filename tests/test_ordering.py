@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Self
@@ -235,6 +236,18 @@ def test_a_cut_backlog_goes_up_to_a_fixed_point_and_then_on(things: str) -> None
     assert judge(committed_ids(things), first + rest).right
 
 
+def batches(reader: Reader) -> Iterator[Sequence[Entry]]:
+    """The entries of each batch, from the start of the log to the end of its backlog."""
+    identity = reader.open()
+    position = start(identity.name, 0, "t", 1, identity.system, 1, 0)
+    while True:
+        batch = reader.read(position)
+        yield batch.entries
+        if not batch.cut:
+            return
+        position = batch.next()
+
+
 def test_a_batch_ends_at_its_limit_in_bytes_but_holds_at_least_one_entry(things: str) -> None:
     """Memory is bounded by configuration, not by what services write."""
     with psycopg.connect(things) as writer:
@@ -242,20 +255,10 @@ def test_a_batch_ends_at_its_limit_in_bytes_but_holds_at_least_one_entry(things:
             writer.execute(
                 "INSERT INTO outbox.entries (type, key, state) VALUES ('thing', %s, %s)", [f"k{number}", b"x" * 400_000]
             )
-    sizes = []
     with closing(Reader(Config(database_url=things, batch_bytes=1_000_000), shard=0)) as reader:
-        identity = reader.open()
-        position = start(identity.name, 0, "t", 1, identity.system, 1, 0)
-        while True:
-            batch = reader.read(position)
-            sizes.append(len(batch.entries))
-            position = batch.next()
-            if not batch.cut:
-                break
-    assert sizes == [3, 3, 0]
+        assert [len(entries) for entries in batches(reader)] == [3, 3, 0]
     with closing(Reader(Config(database_url=things, batch_bytes=1), shard=0)) as reader:
-        reader.open()
-        assert len(reader.read(start(identity.name, 0, "t", 1, identity.system, 1, 0)).entries) == 1
+        assert len(next(batches(reader))) == 1
 
 
 def test_a_streamed_batch_ends_at_the_same_entry_as_one_that_the_server_cuts(things: str) -> None:
@@ -267,19 +270,10 @@ def test_a_streamed_batch_ends_at_the_same_entry_as_one_that_the_server_cuts(thi
             "        CASE WHEN n % 50 = 0 THEN jsonb_build_object('h', repeat('y', 50000)) END"
             " FROM generate_series(1, 200) n"
         )
-    sizes: list[int] = []
-    ids: list[int] = []
     with closing(Reader(Config(database_url=things, batch_bytes=1_000_000), shard=0)) as reader:
-        identity = reader.open()
-        position = start(identity.name, 0, "t", 1, identity.system, 1, 0)
-        while True:
-            batch = reader.read(position)
-            sizes.append(len(batch.entries))
-            ids += [entry[0] for entry in batch.entries]
-            position = batch.next()
-            if not batch.cut:
-                break
-    assert sizes == [20] * 10 + [0]
+        found = list(batches(reader))
+    ids = [entry[0] for entries in found for entry in entries]
+    assert [len(entries) for entries in found] == [20] * 10 + [0]
     assert ids == sorted(set(ids))
     assert len(ids) == 200
 
@@ -297,18 +291,12 @@ def test_a_server_that_counts_bytes_for_characters_cuts_where_the_reader_knows_i
                 "INSERT INTO outbox.entries (type, key, state)"
                 " SELECT 'thing', repeat('ключ', 50) || n, '{}' FROM generate_series(1, 100) n"
             )
-        keys: set[str] = set()
         with closing(Reader(Config(database_url=url, batch_bytes=50_000), shard=0)) as reader:
-            identity = reader.open()
-            position = start(identity.name, 0, "t", 1, identity.system, 1, 0)
-            batch = reader.read(position)
-            # Ours, of characters, stays below the limit.
-            assert sum(256 + len(entry[2]) + 2 for entry in batch.entries) < 50_000
-            assert len(batch.entries) < 100
-            while batch.cut:
-                keys |= {entry[2] for entry in batch.entries}
-                batch = reader.read(batch.next())
-            keys |= {entry[2] for entry in batch.entries}
+            first, *others = batches(reader)
+        # Ours, of characters, stays below the limit.
+        assert sum(256 + len(entry[2]) + 2 for entry in first) < 50_000
+        assert len(first) < 100
+        keys = {entry[2] for entries in (first, *others) for entry in entries}
         assert len(keys) == 100
     finally:
         with psycopg.connect(postgres.url(), autocommit=True) as admin:

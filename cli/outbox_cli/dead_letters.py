@@ -124,7 +124,8 @@ def _ask(
             _check_type(connection, settings.needs_kafka(), name, type_name)
         if not _exist(settings.config, name, type_name, keys):
             click.echo("There is no such dead letter.", err=True)
-            return _tell({"request": None, {"retry": "retried", "drop": "dropped"}[kind]: 0}, [], as_json)
+            _tell({"request": None, {"retry": "retried", "drop": "dropped"}[kind]: 0}, [], as_json)
+            return
         number = request(connection, schema, kind, type_name=type_name, keys=keys)
         # A sleeping relay is woken as by a writer.
         connection.execute("SELECT pg_notify(%s, '')", [schema])
@@ -144,19 +145,19 @@ def _ask(
         for word in ("retried", "refused", "dropped", "not_retained"):
             if word in outcome:
                 total[word] = total.get(word, 0) + outcome[word]
-    return _tell({"request": number, **total}, gone, as_json)
+    _tell({"request": number, **total}, gone, as_json)
 
 
 def _tell(total: Mapping[str, int | None], gone: list[list[str]], as_json: bool) -> None:
     if as_json:
-        return print_json({**total, "examples": gone})
+        print_json({**total, "examples": gone})
+        return
     counts = {word: count for word, count in total.items() if word != "request"}
     click.echo(", ".join(f"{word.replace('_', ' ')}: {count}" for word, count in counts.items()))
     if total.get("refused"):
         click.echo("refused again; the reasons: outbox dead-letters list", err=True)
     for entity in gone:
         click.echo(f"no longer retained: {entity[0]} {entity[1]}; have the service write it again", err=True)
-    return None
 
 
 _TYPE = click.option("--type", "type_name", type=ENTITY_TYPE, metavar="TYPE", help="Those of this entity type.")

@@ -406,6 +406,10 @@ class Scene:
         """How often a relay has logged an event."""
         return sum(event.get("event") == name for event in relay.events())
 
+    def wait_said_again(self, relay: Relay, name: str, before: int, *, seconds: float = 60) -> None:
+        """Wait until a relay has logged an event more often than before."""
+        eventually(lambda: self.count_said(relay, name) > before, seconds=seconds, what=f"{name}, once more")
+
     def wait_in_sync(self, *, seconds: float = 60) -> None:
         """Wait until every partition has all of its replicas in sync."""
         admin = self.admin()

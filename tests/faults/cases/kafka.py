@@ -34,14 +34,11 @@ def lost_answers(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
                     eventually(ended, what="Kafka commits it")
                 else:
                     assert not ended(), "the request did arrive"
-                eventually(
-                    lambda doubts=doubts: scene.count_said(relay, "relay.hold_in_doubt") > doubts,  # type: ignore[misc]  # bound now
-                    what="the relay gives up",
-                )
+                scene.wait_said_again(relay, "relay.hold_in_doubt", doubts)
                 # Before, its client may still try: no commit is to get through. It ends what it left open.
                 eventually(ended, what="the relay takes the shard again")
                 scene.kafka_line.loses = None
-                eventually(lambda holds=holds: scene.count_said(relay, "relay.holds") > holds, what="it goes on")  # type: ignore[misc]  # bound now
+                scene.wait_said_again(relay, "relay.holds", holds)
                 committed = scene.offsets(scene.positions_topic, committed=True)
                 assert (record in committed) == (loses == "answers"), f"{loses}: committed is {record in committed}"
                 needed.append(scene.seconds_until_published())
@@ -136,7 +133,7 @@ def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             scene.volume.fill()
             assert scene.kafka.wait_gone(120), "Kafka goes on without room"
             load.wait_written(10)
-            eventually(lambda waited=waited: scene.count_said(relay, "relay.waiting") > waited, what="it says so")  # type: ignore[misc]  # bound now
+            scene.wait_said_again(relay, "relay.waiting", waited)
             said = relay.wait_said("relay.waiting")
             assert said["what"] == "kafka", said
             assert "Check that it runs" in said["cure"], said

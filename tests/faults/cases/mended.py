@@ -21,7 +21,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # the package
 
 from faults.load import Load
 from faults.scene import PASSWORD, Outcome, Relay, Say, Scene
-from relays import eventually, must
+from relays import must
 
 Break = Callable[[], object]
 
@@ -37,7 +37,7 @@ def _mend(scene: Scene, relay: Relay, load: Load, break_it: Break, mend: Break, 
     load.wait_written(5)
     count = scene.count_said(relay, "relay.stuck")
     break_it()
-    eventually(lambda: scene.count_said(relay, "relay.stuck") > count, seconds=60, what="stuck")
+    scene.wait_said_again(relay, "relay.stuck", count)
     said = relay.said("relay.stuck")
     assert said is not None
     assert cure in said["cure"], said

@@ -103,11 +103,7 @@ def line(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             load.wait_written(3)
             waited = scene.count_said(relay, "relay.waiting")
             scene.postgres_line.silent = True
-            eventually(
-                lambda waited=waited: scene.count_said(relay, "relay.waiting") > waited,  # type: ignore[misc]  # bound now
-                seconds=60,
-                what="the relay gives the silent server up",
-            )
+            scene.wait_said_again(relay, "relay.waiting", waited)
             scene.postgres_line.silent = False
             silent.append(scene.seconds_until_published())
             say(f"silent server: {number + 1} of {max(1, times // 5)}")
@@ -158,7 +154,7 @@ def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             scene.volume.free()
             if scene.postgres.wait_gone(2):
                 went_down += 1
-                eventually(lambda waited=waited: scene.count_said(relay, "relay.waiting") > waited, what="it says so")  # type: ignore[misc]  # bound now
+                scene.wait_said_again(relay, "relay.waiting", waited)
                 said = relay.said("relay.waiting")
                 assert said is not None
                 assert said["what"] == "database", said
