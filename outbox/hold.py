@@ -82,6 +82,8 @@ class Hold:
                 raise self._superseded()
             former = before.token if before is not None else None
             kafka.take()
+            # Kafka has ended by now what a former holder left open, and nobody else writes there.
+            unmarked = kafka.unmarked()
             found, head = self._look_from(kafka, identity)
             if found is None:
                 position = self._start(identity, head)
@@ -102,6 +104,8 @@ class Hold:
         self.kafka, self.position, self.dead = kafka, position, dead
         self.inherited = position.cut is not None
         self.has_held = True
+        if unmarked:
+            emit(log, "relay.torn", shard=number, unmarked=unmarked)
         emit(log, "relay.holds", shard=number, outbox=identity.name, token=self.token, epoch=position.epoch)
         self._source.announce(self.token)
         return head

@@ -103,6 +103,9 @@ class Log(Protocol):
     def read_position(self) -> bytes | None:
         """The last committed position of this shard."""
 
+    def unmarked(self) -> int:
+        """How many of this shard's positions Kafka has neither committed nor aborted; right after `take`, none."""
+
     def read_all_positions(self) -> list[bytes | None]:
         """That of every shard."""
 

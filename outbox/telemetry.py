@@ -33,6 +33,13 @@ EVENTS: Mapping[str, Event] = {
         "published from its start (ids above {removed_id})",
         "The first start of an outbox; or the positions topic was lost.",
     ),
+    "relay.torn": Event(
+        logging.ERROR,
+        "Kafka ended the last transaction of shard {shard} without marking it in every partition ({unmarked} records "
+        "of the topic of positions are neither committed nor aborted): what it held is published again, so that some "
+        "of it may be there twice; nothing is lost",
+        "A broker broke a transaction, see docs/guarantees.md; or somebody else writes to the topic of positions.",
+    ),
     "relay.published": Event(
         logging.DEBUG,
         "published {entries} entries as {records} records ({dead} dead letters), the first {age_seconds:.3f} s after "

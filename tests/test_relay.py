@@ -13,6 +13,7 @@ from pathlib import Path
 import orjson
 import psycopg
 import pytest
+from confluent_kafka import Producer
 
 from consume import entry_id, live, records, seen
 from devstack.kafka import Kafka
@@ -250,6 +251,30 @@ def test_a_stall_beyond_the_transactions_time_limit_goes_on_by_itself(road: Road
     assert len(records(road.kafka, topic)) == 20001
 
 
+def test_a_position_that_kafka_has_not_marked_is_said_and_publishing_goes_on(road: Road) -> None:
+    """Not by a broker that broke a transaction, which cannot be had at will, but by somebody who left his open."""
+    topic = road.add_type("user")
+    road.sql("SELECT outbox.put('user', '1', '{}')")
+    road.drain()
+    stranger = Producer({"bootstrap.servers": road.kafka.bootstrap, "transactional.id": "a-stranger"})
+    stranger.init_transactions(30)
+    stranger.begin_transaction()
+    stranger.produce(f"{road.name}.outbox.positions", b"{}", b"stranger", 0)
+    assert stranger.flush(30) == 0
+    road.sql("SELECT outbox.put('user', '2', '{}')")
+    with road.relay() as relay:
+        assert relay.wait_event("relay.torn")["unmarked"] == 1
+        eventually(lambda: len(records(road.kafka, topic)) == 2)
+        stranger.abort_transaction(30)
+        assert relay.stop() == 0
+    with road.relay() as relay:
+        relay.wait_event("relay.holds")
+        assert not [event for event in relay.events if event.get("event") == "relay.torn"]
+        assert relay.stop() == 0
+    road.drain()
+    assert len(records(road.kafka, topic)) == 2
+
+
 def test_sigterm_ends_it_in_order_and_within_seconds(road: Road) -> None:
     """Also while it is busy: the batch is finished or aborted."""
     topic = road.add_type("user")
@@ -353,8 +378,14 @@ def test_two_types_of_one_batch_go_to_their_own_topics(road: Road) -> None:
     assert len(records(road.kafka, first)) == len(records(road.kafka, second)) == 10
 
 
-def test_refused_records_are_found_in_a_few_transactions_and_no_producer_is_left_behind(road: Road) -> None:
-    """Several in one batch, one alone in another topic's: exactly the guilty are dead-lettered."""
+@pytest.mark.parametrize("held", [1_000_000, 1500])
+def test_refused_records_are_found_in_a_few_transactions_and_no_producer_is_left_behind(
+    road: Road, tmp_path: Path, held: int
+) -> None:
+    """Several in one batch, one alone in another topic's: exactly the guilty are dead-lettered.
+
+    With a client that holds few records the broker refuses one while the others are still being handed over.
+    """
     topic = road.add_type("thing", "--topic-setting", "message.timestamp.before.max.ms=3600000")
     other = road.add_type("other", "--partitions", "1", "--topic-setting", "message.timestamp.before.max.ms=3600000")
     road.sql(
@@ -365,8 +396,11 @@ def test_refused_records_are_found_in_a_few_transactions_and_no_producer_is_left
            SELECT 'other', n::text, '{}', now() - CASE n WHEN 77 THEN interval '2 hours' ELSE '0' END
            FROM generate_series(1, 500) n""",
     )
-    with road.relay(log_level="debug") as relay:
+    config = tmp_path / "outbox.toml"
+    config.write_text(f'[kafka]\n"queue.buffering.max.messages" = {held}\n')
+    with road.relay(log_level="debug", config=config) as relay:
         relay.wait_event("relay.published")
+        assert not [event for event in relay.events if event.get("event") in {"relay.waiting", "relay.aborted"}]
         threads = len(list(Path(f"/proc/{relay.process.pid}/task").iterdir()))
         assert relay.stop() == 0
     assert {r.key for r in records(road.kafka, topic)} == {b"%d" % n for n in range(1, 3001) if n % 100}

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
@@ -18,9 +18,9 @@ from outbox.message import Message
 
 # How long a commit that was begun may go on after the relay was asked to stop.
 _GRACE = 5.0
-
-
 _BATCH_MESSAGES = 10_000  # librdkafka's default
+# How long to wait for room in the client's queue before asking again.
+_ROOM_SECONDS = 0.01
 
 
 class TransactionalProducer:
@@ -111,16 +111,30 @@ class TransactionalProducer:
         if self._watched:
             more["on_delivery"] = partial(self._delivered, self._sent)
             self._sent += 1
+        self._produce(topic, value, key, headers=headers, timestamp=timestamp_ms, **more)
+
+    def _produce(self, *record: Any, **more: Any) -> None:
+        """Hand a record to the client, as soon as it has room for it."""
+        deadline = time.monotonic() + self._timeout
         while True:
             try:
-                self._producer.produce(topic, value, key, headers=headers, timestamp=timestamp_ms, **more)
+                self._producer.produce(*record, **more)
             except BufferError:
                 # Memory is bounded: wait until the broker has taken something.
-                self._make_room()
+                self._make_room(deadline)
             except KafkaException as exception:
-                raise translate(error_of(exception)) from exception
+                error = error_of(exception)
+                break
             else:
                 return
+        self._fail(error)
+
+    def _fail(self, error: KafkaError) -> NoReturn:
+        """Raise what an error means that a record met; not while it is handled, see `commit`."""
+        if error.code() == KafkaError._STATE:  # noqa: SLF001  librdkafka's local codes are named so
+            # The transaction has failed before, with what was sent: its commit, which cannot succeed, says of what.
+            self.commit()
+        raise translate(error)
 
     def send_all(self, messages: Sequence[Message]) -> None:
         """Send state records, in their order: `send` for each, with no step more than needed while nothing is wrong."""
@@ -135,21 +149,18 @@ class TransactionalProducer:
                 # callbacks, time, headers.
                 produce(topic, value, key, -1, None, None, created_ms, headers)
             except BufferError:
-                self._make_room()
                 self.send(topic, key, value, headers, created_ms)
             except KafkaException as exception:
-                raise translate(error_of(exception)) from exception
+                error = error_of(exception)
+                break
+        else:
+            return
+        self._fail(error)
 
     def send_to(self, topic: str, partition: int, key: bytes, value: bytes | None) -> None:
         """Send a record of the outbox's own, to a partition that is chosen."""
         more: dict[str, Any] = {"on_delivery": partial(self._delivered, None)} if self._watched else {}
-        try:
-            self._producer.produce(topic, value, key, partition, **more)
-        except BufferError:
-            self._make_room()
-            self.send_to(topic, partition, key, value)
-        except KafkaException as exception:
-            raise translate(error_of(exception)) from exception
+        self._produce(topic, value, key, partition, **more)
 
     def _delivered(self, place: int | None, error: KafkaError | None, message: Delivered) -> None:
         if error is None:
@@ -171,21 +182,22 @@ class TransactionalProducer:
         self.abort()
         return {place: reason for place, _, reason in self._accused}
 
-    def _make_room(self) -> None:
-        deadline = time.monotonic() + self._timeout
-        before = len(self._producer)
-        if not before:
+    def _make_room(self, deadline: float) -> None:
+        if not len(self._producer):
             raise ConfigError(
                 "A record is larger than all that the Kafka client may hold (queue.buffering.max.kbytes).",
                 cure="Raise or remove queue.buffering.max.kbytes in the table [kafka] of outbox.toml.",
             )
-        while len(self._producer) >= before:
-            self._producer.poll(0.05)
-            if self._stop() or time.monotonic() > deadline:
-                raise unavailable(None)
+        # Not until there is room, which of a transaction that has failed meanwhile there never is.
+        self._producer.poll(_ROOM_SECONDS)
+        if self._stop() or time.monotonic() > deadline:
+            raise unavailable(None)
 
     def commit(self) -> None:
-        """Flush and commit. Raises a fault; after `Unknown` only the position tells what came of it."""
+        """Flush and commit. Raises a fault; after `Unknown` only the position tells what came of it.
+
+        It is raised with no exception behind it: that would hold the client, and its threads, in a ring of frames.
+        """
         began = time.monotonic()
         asked = None
         while True:
@@ -196,16 +208,16 @@ class TransactionalProducer:
                 self._producer.commit_transaction(SLICE_SECONDS)
             except KafkaException as exception:
                 error = error_of(exception)
-                if not (error.retriable() or error.code() in AWAY) or error.fatal():
-                    raise self._judged(error) from exception
-                now = time.monotonic()
-                if asked is None and self._stop():
-                    asked = now
-                if now - began > self._timeout or (asked is not None and now - asked > _GRACE):
-                    raise translate(error, committing=True) from exception
             else:
                 self.in_transaction = False
                 return
+            if not (error.retriable() or error.code() in AWAY) or error.fatal():
+                raise self._judged(error)
+            now = time.monotonic()
+            if asked is None and self._stop():
+                asked = now
+            if now - began > self._timeout or (asked is not None and now - asked > _GRACE):
+                raise translate(error, committing=True)
 
     def _judged(self, error: KafkaError) -> Exception:
         fault = translate(error, committing=True)
@@ -235,6 +247,8 @@ class TransactionalProducer:
         self.abort(SLICE_SECONDS)
         with contextlib.suppress(KafkaException):
             self._producer.purge()
+            # What is reported holds this object, and with it the client, for as long as nobody takes the report.
+            self._producer.poll(0)
 
     def close(self) -> None:
         """Abort what is open and throw it away."""

@@ -85,6 +85,14 @@ def read_last(bootstrap: str, passthrough: Mapping[str, str], topic: str, partit
     return None
 
 
+def unmarked(bootstrap: str, passthrough: Mapping[str, str], topic: str, partition: int) -> int:
+    """How many offsets at the end of a partition belong to transactions that are neither committed nor aborted."""
+    with _admin(bootstrap, passthrough) as admin:
+        stable = _offsets(admin, topic, [partition], _LATEST)[partition]
+        written = _offsets(admin, topic, [partition], _LATEST, IsolationLevel.READ_UNCOMMITTED)[partition]
+    return written - stable
+
+
 def partition_count(bootstrap: str, passthrough: Mapping[str, str], topic: str) -> int:
     """How many partitions a topic has."""
     with _admin(bootstrap, passthrough) as admin:
@@ -166,9 +174,15 @@ def _partitions(admin: AdminClient, topic: str) -> list[int]:
     return sorted(found.partitions)
 
 
-def _offsets(admin: AdminClient, topic: str, partitions: Sequence[int], spec: Any) -> dict[int, int]:
+def _offsets(
+    admin: AdminClient,
+    topic: str,
+    partitions: Sequence[int],
+    spec: Any,
+    isolation: IsolationLevel = IsolationLevel.READ_COMMITTED,
+) -> dict[int, int]:
     asked = {TopicPartition(topic, partition): spec for partition in partitions}
-    futures = admin.list_offsets(asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ANSWER_SECONDS)
+    futures = admin.list_offsets(asked, isolation_level=isolation, request_timeout=ANSWER_SECONDS)
     return {found.partition: future.result().offset for found, future in futures.items()}
 
 

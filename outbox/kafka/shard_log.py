@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from outbox.config import Config
@@ -10,6 +11,7 @@ from outbox.entity_type import EntityType
 from outbox.errors import RelayError, TopicError
 from outbox.kafka import reader
 from outbox.kafka.admin import Admin
+from outbox.kafka.faults import Refused
 from outbox.kafka.producer import TransactionalProducer
 from outbox.message import Message
 from outbox.topic import dead_letters_topic, positions_topic, troubles
@@ -101,7 +103,9 @@ class ShardLog:
         self.discard()
         producer = self._make(alone=True)
         producer.begin(watched=True)
-        self.send_all(messages)
+        with contextlib.suppress(Refused):
+            # One may be refused before the last is sent; which it is is told below.
+            self.send_all(messages)
         culprits = producer.probe()
         self.discard()
         return culprits
@@ -167,6 +171,10 @@ class ShardLog:
             self._config.kafka_bootstrap_servers, self._config.kafka, self._positions, self._shard
         )
         return record.value if record is not None else None
+
+    def unmarked(self) -> int:
+        """How many of this shard's positions Kafka has neither committed nor aborted; right after `take`, none."""
+        return reader.unmarked(self._config.kafka_bootstrap_servers, self._config.kafka, self._positions, self._shard)
 
     def read_all_positions(self) -> list[bytes | None]:
         """The last committed position of every shard."""

@@ -1,6 +1,7 @@
 """`python -m faults`: run the cases, with progress; print the table, and write it with `--write FILE`.
 
 Exit 0 when nothing was lost, doubled, stale or a ghost; 1 when something was, or a case failed; 130 after Ctrl-C.
+Records that are doubled because a broker, by its own log, broke a transaction are counted and said, and no failure.
 A case that this machine cannot do is left out and said. One that stops at an assertion of its own is run again, once,
 and that is said, too; what was judged wrong counts all the same. The table is written by a whole run only.
 """
@@ -131,7 +132,7 @@ def _run_case(name: str, place: Path, times: int | None, progress: Progress) -> 
             found.append(outcome)
             verdict = "right" if outcome.judgement.right else "WRONG"
             often = f"{outcome.times} time{'s' * (outcome.times != 1)}"
-            notes = f" ({outcome.notes})" if outcome.notes else ""
+            notes = f" ({outcome.remarks})" if outcome.remarks else ""
             progress.console.print(f"{verdict}: {outcome.fault}, {often}{notes}")
             for example in outcome.judgement.examples:
                 progress.console.print(f"    {example}")
@@ -155,7 +156,7 @@ def merged(outcomes: list[Outcome]) -> list[Outcome]:
             continue
         row.times += one.times
         row.seconds += one.seconds
-        for count in ("entries", "records", "lost", "doubled", "stale", "ghosts"):
+        for count in ("entries", "records", "lost", "doubled", "stale", "ghosts", "torn", "excused"):
             setattr(row.judgement, count, getattr(row.judgement, count) + getattr(one.judgement, count))
     return list(rows.values())
 
@@ -212,7 +213,7 @@ def _write(
         "|---" + "|--:" * (len(COLUMNS) - 1) + "|",
         *("| " + " | ".join(outcome.row) + " |" for outcome in outcomes),
         "",
-        *(f"- {outcome.fault}: {outcome.notes}" for outcome in outcomes if outcome.notes),
+        *(f"- {outcome.fault}: {outcome.remarks}" for outcome in outcomes if outcome.remarks),
         *(f"- In one scene, judged as a whole: {'; '.join(faults)}" for faults in together),
         *(f"- {what}" for what in again),
     ]

@@ -144,4 +144,8 @@ def disk_full(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
             say(f"Kafka's disk was full: {number + 1} of {times}")
         load.stop()
         assert load.failed == 0, load.errors
-        yield Outcome("Kafka's disk is full, and it goes down", times, scene.settle(relay), seconds)
+        judgement = scene.settle(relay)
+        if judgement.doubled:
+            # What comes twice because a broker broke a transaction is told to whoever runs the relay.
+            assert relay.said("relay.torn"), (judgement.examples, relay.log.read_text()[-2000:])
+        yield Outcome("Kafka's disk is full, and it goes down", times, judgement, seconds)
