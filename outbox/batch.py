@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.lineage import Head
 from outbox.position import Point, Position
-
-Entity = tuple[str, str]
-"""An entity type's name and a key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A row of the control table: what the command line asks of the relay.
-
-    `retry` and `drop` name dead letters: `arguments` holds `type` (None: of every type) and `keys` (None: all).
-    """
-
-    id: int
-    kind: str
-    arguments: Mapping[str, Any]
-
-    def names(self, dead: Iterable[Entity]) -> list[Entity]:
-        """Those of the dead letters that it means."""
-        type_name, keys = self.arguments.get("type"), self.arguments.get("keys")
-        return [
-            (of, key) for of, key in dead if (type_name is None or of == type_name) and (keys is None or key in keys)
-        ]
+from outbox.request import Found, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +18,8 @@ class Batch:
     """What one read brought, all as of one snapshot.
 
     `entries` in id order; `last_id` is None when the read reached the point that it goes to, else the id where it was
-    cut. `types` are the entity types, by name. `requests` are open requests of the control table, and `retained` the
-    last retained entries of the keys that they name. `seconds`: how long the read took.
+    cut. `types` are the entity types, by name. `requests` are open requests of the control table, and `found` what was
+    read for them. `seconds`: how long the read took.
     """
 
     position: Position
@@ -49,7 +28,7 @@ class Batch:
     entries: Sequence[Entry]
     last_id: int | None
     requests: Sequence[Request] = ()
-    retained: Sequence[Entry] = ()
+    found: Found = field(default_factory=Found)
     seconds: float = 0.0
 
     @property

@@ -13,7 +13,8 @@ class EntityType:
     `topic_settings` holds Kafka's names of the settings that differ from the defaults, and `partitions`.
     `collapse`: of several unpublished entries of one key only the last is published.
     `max_bytes`: the greatest size of a state, uncompressed.
-    `source`: the query of all keys and states, or None; see `outbox.source`.
+    `source`: the query of all keys and states, or None; see `outbox.source`. `derived`: a captured table has it of its
+    capture.
     """
 
     name: str
@@ -22,3 +23,4 @@ class EntityType:
     collapse: bool = True
     max_bytes: int = 1_000_000
     source: str | None = None
+    derived: bool = False

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from outbox import position as positions
-from outbox.batch import Entity
 from outbox.entity_type import EntityType
 from outbox.errors import DatabaseUnavailableError, FencedError, WrongClusterError, WrongOutboxError
 from outbox.kafka.faults import Aborted, Fault, Fenced
 from outbox.lineage import Head, Verdict, judge
 from outbox.ports import Identity, Log, OpenLog, Source
 from outbox.position import Position
+from outbox.request import Entity
 from outbox.telemetry import emit
 
 log = logging.getLogger("outbox.relay")

@@ -1,28 +1,38 @@
 """The plan of a batch: which Kafka transactions publish it, and the position that each of them carries. Pure.
 
-Normally one transaction takes the whole batch. After a refusal the batch is halved until the record that is refused
-stands alone; each part is committed with a position of its own, cut by id.
+Normally one transaction takes the whole batch, and what open requests want with it. After a refusal the batch is halved
+until the record that is refused stands alone; each part is committed with a position of its own: cut by id, or, behind
+the batch's own entries, with how far the requests are.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
-from outbox.batch import Batch, Entity, Request
+from outbox.batch import Batch
 from outbox.collapse import collapse
 from outbox.dead_letter import DeadLetter
 from outbox.message import Message, Unpublishable, messages
 from outbox.position import Position, Totals
+from outbox.request import Entity
+from outbox.share import shares
 
-_EXAMPLES = 20
 _ID = itemgetter(0)
 _TYPE = itemgetter(1)
 _TOPIC = itemgetter(0)
+_PLACE = itemgetter(0)
+
+
+class _Place(NamedTuple):
+    """A row of a request's share: places compare as they are sent."""
+
+    share: int
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,56 +70,39 @@ class Plan:
         self._done = 0  # messages
         self._done_id = batch.position.cut.last_id if batch.position.cut else 0
         made, self._unpublishable = messages(collapse(batch.entries, batch.types), batch.types, limits, now_ms=now_ms)
-        self._own = len(made)  # those of the batch; what requests have published again comes after them
+        self._own = len(made)  # those of the batch; what requests publish comes after them
         self._messages = made
-        self._again_refused: list[Unpublishable] = []
+        self._shares = shares(batch, dead) if batch.requests else []
+        # Of each message behind the batch's own its place, and the reasons of those that have none.
+        self._places: list[_Place] = []
+        self._left_out: list[tuple[_Place, Unpublishable]] = []
         self._dropped: set[Entity] = set()
-        self._asked = list(self._take(limits))
+        for number, share in enumerate(self._shares):
+            self._add(number, limits)
+            if share.request.kind == "drop":
+                self._dropped.update(share.named)
+        self._reached = _Place(-1, 0)
         self._finished = False
 
-    # -- requests ----------------------------------------------------------------------------------------------
-
-    def _take(self, limits: Mapping[str, int]) -> Iterator[tuple[Request, list[Entity]]]:
-        """The dead letters that each request names; those to be retried join the messages."""
-        batch = self._batch
-        if not batch.requests:
-            return
-        in_batch = {(entry[1], entry[2]) for entry in batch.entries}
-        retained = {(entry[1], entry[2]): entry for entry in batch.retained}
-        left = dict(self._dead)
-        for request in batch.requests:
-            if str(request.id) in batch.position.requests:
-                continue  # done; the control table has not been told yet
-            named = request.names(left)
-            for entity in named:
-                del left[entity]
-            if request.kind == "drop":
-                self._dropped.update(named)
-            else:
-                again = [retained[entity] for entity in named if entity in retained and entity not in in_batch]
-                made, refused = messages(again, batch.types, limits, now_ms=self._now_ms)
-                self._messages += made
-                self._again_refused += refused
-            yield request, named
-
-    def _outcome(self, request: Request, named: Sequence[Entity]) -> dict[str, Any]:
-        if request.kind == "drop":
-            return {"dropped": len(named)}
-        batch = self._batch
-        there = {(entry[1], entry[2]) for entry in (*batch.entries, *batch.retained)}
-        failed = self._failed
-        gone = [entity for entity in named if entity not in there]
-        return {
-            "retried": sum(entity in there and entity not in failed for entity in named),
-            "refused": sum(entity in failed for entity in named),
-            # The position holds this: a count, and the first of them.
-            "not_retained": len(gone),
-            "examples": [list(entity) for entity in gone[:_EXAMPLES]],
-        }
+    def _add(self, number: int, limits: Mapping[str, int]) -> None:
+        """Make the messages of a request's share."""
+        share, types = self._shares[number], self._batch.types
+        rows = [(place, row) for place, row in enumerate(share.rows) if place not in share.left_out]
+        made, refused = messages((r.entry for _, r in rows if r.failure is None), types, limits, now_ms=self._now_ms)
+        places = {id(row.entry): _Place(number, place) for place, row in rows}
+        self._messages += made
+        self._places += [places[id(message.entry)] for message in made]
+        self._left_out += [(places[id(unpublishable.entry)], unpublishable) for unpublishable in refused]
+        for place, row in rows:
+            if row.failure is not None:
+                entity_type = types.get(row.entry.type)
+                topic = entity_type.topic if entity_type else None
+                self._left_out.append((_Place(number, place), Unpublishable(row.entry, topic, "source", row.failure)))
 
     @property
     def _failed(self) -> set[Entity]:
-        return {(u.entry[1], u.entry[2]) for u in (*self._unpublishable, *self._again_refused)}
+        unpublishable = (*self._unpublishable, *(u for _, u in self._left_out))
+        return {(u.entry[1], u.entry[2]) for u in unpublishable}
 
     # -- parts -------------------------------------------------------------------------------------------------
 
@@ -125,7 +118,8 @@ class Plan:
     @property
     def too_large(self) -> bool:
         """Whether something is larger than its topic takes, as far as the limits say."""
-        return any(u.reason == "too-large" for u in (*self._unpublishable, *self._again_refused))
+        unpublishable = (*self._unpublishable, *(u for _, u in self._left_out))
+        return any(u.reason == "too-large" for u in unpublishable)
 
     @property
     def records(self) -> int:
@@ -135,7 +129,11 @@ class Plan:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to publish and nothing to say."""
-        return not (self._batch.entries or self._asked)
+        return not (self._batch.entries or self._shares)
+
+    def ends_with(self, part: Part) -> bool:
+        """Whether a part is the last."""
+        return part.end == len(self._messages)
 
     def part(self, size: int | None = None) -> Part:
         """What the next transaction holds: at most `size` of the messages that are left (None: all)."""
@@ -149,22 +147,30 @@ class Plan:
         refused = [
             u for u in self._unpublishable if u.entry[0] > self._done_id and (whole or u.entry[0] <= (upto or 0))
         ]
-        if final:
-            refused += self._again_refused
+        reached = self._place_of(end)
+        left_out = [(place, u) for place, u in self._left_out if self._reached < place <= reached]
+        refused += [u for _, u in sorted(left_out, key=_PLACE)]
         letters = [self._letter(u) for u in refused]
         after = batch.next() if whole else self.position.advanced(batch.to, upto)
         after = replace(
             after,
             timeline=batch.head.timeline,
             totals=self._totals(sent, letters, upto),
-            requests=self._progress(final=final),
+            requests=self._progress(reached),
         )
         return Part(sent, letters, self._cleared(sent, letters, final=final), after, end)
+
+    def _place_of(self, end: int) -> _Place:
+        """Up to where the requests are done with so many messages."""
+        if end == len(self._messages):
+            return _Place(len(self._shares), 0)
+        return self._places[end - 1 - self._own] if end > self._own else _Place(-1, 0)
 
     def done(self, part: Part) -> dict[Entity, int]:
         """A part is committed; the dead letters that there are now."""
         self.position = part.position
         self._done = part.end
+        self._reached = self._place_of(part.end)
         self._finished = part.end == len(self._messages)
         if part.position.cut is not None:
             self._done_id = part.position.cut.last_id
@@ -186,7 +192,7 @@ class Plan:
                 self._own -= 1
                 self._unpublishable.append(unpublishable)
             else:
-                self._again_refused.append(unpublishable)
+                self._left_out.append((self._places.pop(at - self._own), unpublishable))
 
     # -- what belongs to a part --------------------------------------------------------------------------------
 
@@ -211,7 +217,8 @@ class Plan:
         if ids:
             for message in sent:
                 entity = (message.entry[1], message.entry[2])
-                if message.entry[0] >= ids.get(entity, message.entry[0] + 1):
+                # What comes from no entry is what the key is as of the batch: no dead letter is newer.
+                if entity in ids and (not message.entry[0] or message.entry[0] >= ids[entity]):
                     cleared.add(entity)
         if final:
             cleared |= self._dropped - {(letter.type, letter.key) for letter in letters}
@@ -233,10 +240,13 @@ class Plan:
             totals[name] = totals.get(name, Totals()).plus(entries=taken[name], records=written[name], dead=dead[name])
         return totals
 
-    def _progress(self, *, final: bool) -> dict[str, Mapping[str, Any]]:
-        """What the position says of requests: those that are done, until the control table has been told."""
+    def _progress(self, reached: _Place) -> dict[str, Mapping[str, Any]]:
+        """What the position says of requests: how far they are, or that they are done, until the table was told."""
         progress = self._batch.progress
-        if final:
-            for request, named in self._asked:
-                progress[str(request.id)] = {"done": self._outcome(request, named)}
+        failed = self._failed
+        for number, share in enumerate(self._shares[: reached.share + 1]):
+            done = reached.row + 1 if number == reached.share else len(share.rows)
+            said = share.progress(done, failed)
+            if said is not None:
+                progress[str(share.request.id)] = said
         return progress

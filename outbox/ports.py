@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from outbox.batch import Batch, Entity, Request
+from outbox.batch import Batch
 from outbox.dead_letter import DeadLetter
 from outbox.entity_type import EntityType
 from outbox.errors import TopicError
 from outbox.lineage import Head
 from outbox.message import Message
 from outbox.position import Position
+from outbox.request import Request, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,10 @@ class Source(Protocol):
     def close(self) -> None:
         """Give the connection back."""
 
-    def read(self, position: Position, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]]) -> Batch:
-        """Read the next batch after a position; `wanted` says which entities open requests want again."""
+    def read(
+        self, position: Position, wanted: Callable[[Sequence[Request], Mapping[str, EntityType]], Wanted]
+    ) -> Batch:
+        """Read the next batch after a position; `wanted` says what open requests want to be read, given the types."""
 
     def look(self, position: Position) -> tuple[Head, Mapping[str, EntityType]]:
         """A batch without its entries."""

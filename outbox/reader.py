@@ -23,7 +23,7 @@ from psycopg import sql as psycopg_sql
 from psycopg.types.json import set_json_loads
 
 from outbox import sql
-from outbox.batch import Batch, Entity, Request
+from outbox.batch import Batch
 from outbox.config import Config
 from outbox.database import Connection, connect_as, place, translated
 from outbox.entity_type import EntityType
@@ -33,7 +33,9 @@ from outbox.lineage import Head
 from outbox.patience import Patience
 from outbox.ports import Identity
 from outbox.position import Anchor, Cut, Position, Snapshot
+from outbox.request import Entity, Request, Wanted
 from outbox.schema import NEWEST, bell_key
+from outbox.sourced import Sources
 from outbox.wake import Wake
 
 _MOST = 2**63 - 1
@@ -68,6 +70,9 @@ class Reader:
         }
         self._bell = bell_key(config.schema, shard)
         self._state = ""
+        self._sources: Sources | None = None
+        # Whether requests were open when it was looked last: then they are likely to be still.
+        self._asked = False
         self._taken = f"taken {shard} "
         self._announced: str | None = None
 
@@ -99,6 +104,7 @@ class Reader:
         self._connection = connection
         self._types_version = 0
         self._state = ""
+        self._sources = Sources(self._config.schema, shard=self._shard, shards=identity.shards)
         self.identity = identity
         return identity
 
@@ -175,27 +181,29 @@ class Reader:
     # -- reading -----------------------------------------------------------------------------------------------
 
     def read(
-        self, position: Position, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]] | None = None
+        self, position: Position, wanted: Callable[[Sequence[Request], Mapping[str, EntityType]], Wanted] | None = None
     ) -> Batch:
         """Read the next batch after a position.
 
-        `wanted` is asked, within the batch's transaction, which entities the open requests want to be published again,
-        each with an id below which its last entry cannot be; see `Batch.takes_requests`.
+        `wanted` is asked, within the batch's transaction, what the open requests want to be read, given the entity
+        types; see `Batch.takes_requests`.
         """
         began = time.monotonic()
         if position.cut is not None and position.cut.last_id >= position.point.floor:
             # Nothing can be late any more, and nothing is done for requests.
             return replace(self._stream(position, position.cut), seconds=time.monotonic() - began)
-        batch, requests = self._fetch(position, wanted=None)
-        if batch.takes_requests and requests:
-            # Seldom: once more, and in one transaction with what the requests want.
-            batch, _ = self._fetch(position, wanted=wanted or (lambda _: {}))
+        wanted = wanted or (lambda _requests, _types: Wanted())
+        batch, requests = self._fetch(position, wanted=wanted if self._asked else None)
+        if batch.takes_requests and requests and not self._asked:
+            # Once more, and in one transaction with what the requests want.
+            batch, requests = self._fetch(position, wanted=wanted)
+        self._asked = bool(requests)
         return replace(batch, seconds=time.monotonic() - began)
 
     def _fetch(
-        self, position: Position, *, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]] | None
+        self, position: Position, *, wanted: Callable[[Sequence[Request], Mapping[str, EntityType]], Wanted] | None
     ) -> tuple[Batch, Sequence[Request]]:
-        """A batch and the open requests, in one round trip; or, with `wanted`, with the entries that they want."""
+        """A batch and the open requests, in one round trip; or, with `wanted`, with what they want."""
         connection = self._open()
         point, cut = position.point, position.cut
         head_arguments = self._head_arguments(position)
@@ -221,11 +229,16 @@ class Reader:
                 head, requests = self._head(head_cursor.fetchone())
                 entries = cast("list[Entry]", cursor.fetchall())
                 batch = Batch(position, head, self._types, entries, self._ended_at(entries))
-                if wanted is None:
-                    self._take_flushed(flush_cursor)
-                elif batch.takes_requests:
-                    retained = self._retained(connection, wanted(requests), head)
-                    batch = replace(batch, requests=requests, retained=retained)
+                if wanted is not None and batch.takes_requests:
+                    asked = wanted(requests, self._types)
+                    retained = self._retained(connection, asked.retained, head)
+                    if self._sources is not None:
+                        found = self._sources.find(connection, asked, self._types, retained)
+                        batch = replace(batch, requests=requests, found=found)
+                if wanted is not None:
+                    with connection.pipeline():
+                        flush_cursor = self._commit(connection)
+                self._take_flushed(flush_cursor)
             finally:
                 _end(connection)
         return batch, requests

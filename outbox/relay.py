@@ -90,7 +90,7 @@ class Relay:
                                 self._shard.settle()
                             break
                     elif not last.more:
-                        self._sleep(published=last.did is Did.PUBLISHED)
+                        self._sleep(published=last.did is Did.PUBLISHED, at_most=last.again)
                     self._check_time(f"{self.done.entries} entries were published")
                 except (DatabaseUnavailableError, BrokerUnavailableError) as error:
                     self._wait_for(error, "waiting")
@@ -163,13 +163,14 @@ class Relay:
 
     # -- when there is nothing to do ---------------------------------------------------------------------------
 
-    def _sleep(self, *, published: bool) -> None:
-        """Wait until there may be something to read; `published`: the step before has committed.
+    def _sleep(self, *, published: bool, at_most: float | None) -> None:
+        """Wait until there may be something to read, `at_most` so many seconds; `published`: the step has committed.
 
         Falling asleep: LISTEN (since the connection was made), *try* the doorbell, look once more in a new statement,
         sleep. A writer that began before the bell was held is seen by that look or rings afterwards.
         """
         reader, identity = self._reader, self._reader.identity
+        poll_interval = self._config.poll_interval if at_most is None else min(at_most, self._config.poll_interval)
         if published:
             # Kafka answers a commit before it has marked it in the partitions. A transaction that begins before that is
             # told to come again, which takes the client four times as long; and what comes meanwhile goes with it.
@@ -180,7 +181,7 @@ class Relay:
             reader.show("idle")
             polls_often = identity is not None and identity.doorbell
             if not polls_often:
-                self._wake.wait(self._config.poll_interval)
+                self._wake.wait(poll_interval)
             elif not published:
                 self._wake.wait(self._config.busy_poll_interval * self._times)
                 self._times = min(2 * self._times, _MOST_TIMES)
@@ -191,7 +192,7 @@ class Relay:
             found = self._shard.look_again()
             if not found:
                 reader.show("idle")
-                reader.wait_rung(self._config.poll_interval, self._wake)
+                reader.wait_rung(poll_interval, self._wake)
         finally:
             # What was found now is published without another read.
             reader.release_bell(now=found)

@@ -16,21 +16,27 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from outbox import position as positions
-from outbox.batch import Batch, Entity, Request
+from outbox.batch import Batch
 from outbox.config import Config
 from outbox.entity_type import EntityType
 from outbox.errors import BrokerError, LostTailError, TooManyDeadLettersError, WrongClusterError
 from outbox.hold import Hold
 from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
 from outbox.lineage import Verdict, judge
+from outbox.pace import Pace
 from outbox.plan import Part, Plan
 from outbox.ports import Adopt, Log, OpenLog, Source
 from outbox.position import Point, Position
 from outbox.read_ahead import ReadAhead
+from outbox.request import DEAD_LETTERS, Entity, Page, Request, Wanted
+from outbox.share import KEYS, shares
 from outbox.telemetry import emit
 from outbox.topic_watch import TopicWatch
 
 log = logging.getLogger("outbox.relay")
+
+# What a backfill adds to the latency of live changes, about.
+_PAGE_SECONDS = 0.025
 
 
 class Did(enum.Enum):
@@ -47,7 +53,8 @@ class Step:
     """The result of one pass.
 
     `entries` were read, `records` written to state topics (after collapse), `dead` dead-lettered. `more` says that
-    the backlog goes on: do not wait before the next step. `caught_up`: everything that was committed when the shard
+    the backlog, or a backfill, goes on: do not wait before the next step. `again`: in so many seconds there is more to
+    do in any case (None: not known of). `caught_up`: everything that was committed when the shard
     was taken over is published. Where the time went, seconds: reading, preparing (collapse, messages), producing,
     waiting until PostgreSQL has flushed what is published, committing. The reading of a backlog's batch goes on beside
     the commit of the one before it.
@@ -59,6 +66,7 @@ class Step:
     dead: int = 0
     more: bool = False
     caught_up: bool = False
+    again: float | None = None
     read_seconds: float = 0.0
     prepare_seconds: float = 0.0
     produce_seconds: float = 0.0
@@ -97,6 +105,8 @@ class Shard:
         self._hold = Hold(self._number, source, open_log, token=token or uuid.uuid4().hex, grace=grace, stop=stop)
         self._topics = TopicWatch(self._number, interval=config.topic_check_interval)
         self._ahead = ReadAhead(read_ahead)
+        self._pace = Pace(budget=_PAGE_SECONDS, most=config.batch_rows)
+        self._paged = 0  # the backfill that the last page was of
         # After a refusal: how many messages go into one transaction, and whether it is watched.
         self._part_size: int | None = None
         self._watched = False
@@ -181,7 +191,9 @@ class Shard:
         if position is None:
             return True
         batch = self._read(position)
-        if not (batch.entries or batch.requests) and judge(position, batch.head) is Verdict.CONTINUES:
+        told = any("done" in position.requests.get(str(request.id), ()) for request in batch.requests)
+        nothing = not (batch.entries or told or shares(batch, self._hold.dead))
+        if nothing and judge(position, batch.head) is Verdict.CONTINUES:
             return False
         self._ahead.keep(batch)
         return True
@@ -191,13 +203,41 @@ class Shard:
         return batch if batch is not None and batch.position == position else self._read(position)
 
     def _read(self, position: Position) -> Batch:
-        done, dead = position.requests, self._hold.dead
+        dead = self._hold.dead
 
-        def wanted(requests: Sequence[Request]) -> Mapping[Entity, int]:
-            again = (r for r in requests if r.kind == "retry" and str(r.id) not in done)
-            return {entity: dead[entity] for request in again for entity in request.names(dead)}
+        def wanted(requests: Sequence[Request], types: Mapping[str, EntityType]) -> Wanted:
+            unfinished = [r for r in requests if not r.paused and "done" not in position.requests.get(str(r.id), ())]
+            retained: dict[Entity, int] = {}
+            current: list[Entity] = []
+            for request in unfinished:
+                progress = position.requests.get(str(request.id), {})
+                if request.kind == "retry":
+                    for entity in request.names(dead):
+                        if dead[entity]:
+                            retained[entity] = dead[entity]
+                        else:
+                            current.append(entity)  # it came from the source
+                elif request.kind == "publish":
+                    type_name, begin = request.arguments["type"], progress.get("rows", 0)
+                    named = [(type_name, key) for key in request.arguments["keys"][begin : begin + KEYS]]
+                    if type_name in types and types[type_name].source is not None:
+                        current += named
+                    else:
+                        retained |= dict.fromkeys(named, request.arguments.get("from_id", 0))
+            return Wanted(retained, current, self._page(unfinished, position))
 
         return self._source.read(position, wanted)
+
+    def _page(self, requests: Sequence[Request], position: Position) -> Page | None:
+        """The page that the next batch takes: of the backfills that may go on, each in its turn."""
+        now = time.monotonic()
+        backfills = [r for r in requests if r.kind not in DEAD_LETTERS and r.kind != "publish"]
+        for request in sorted(backfills, key=lambda r: (r.id <= self._paged, r.id)):
+            rows = self._pace.rows(request.id, request.arguments.get("rate"), now)
+            if rows:
+                after = position.requests.get(str(request.id), {}).get("after")
+                return Page(request.id, request.arguments["type"], request.arguments.get("where"), after, rows)
+        return None
 
     def _take(self) -> Step:
         """Take the shard over; at the first time no topic may be in the way."""
@@ -297,7 +337,11 @@ class Shard:
         if aged or position.timeline != head.timeline or len(following.requests) != len(position.requests):
             self._commit(kafka, Part.alone(following), head.insert_lsn)
             self._hold.position = following
-        return Step(Did.NOTHING, caught_up=True, read_seconds=batch.seconds)
+        return Step(Did.NOTHING, caught_up=True, again=self._again(), read_seconds=batch.seconds)
+
+    def _again(self) -> float | None:
+        """In how many seconds a backfill that its rate holds back may go on."""
+        return self._pace.due(time.monotonic())
 
     def _past_cut(self, batch: Batch) -> bool:
         """Whether all that was committed at the take-over is published once this batch is."""
@@ -317,7 +361,7 @@ class Shard:
             part = plan.part(self._part_size)
             refused: Refused | None = None
             try:
-                cost = self._commit(kafka, part, batch.head.insert_lsn, last_id=batch.last_id)
+                cost = self._commit(kafka, part, batch.head.insert_lsn, ahead=self._goes_on(plan, part, batch))
                 spent = [a + b for a, b in zip(spent, cost, strict=True)]
             except Refused as fault:
                 refused = fault.with_traceback(None)
@@ -342,13 +386,15 @@ class Shard:
                 self._part_size *= 2
         self._part_size, self._watched = None, False
         produced_in, flushed_in, committed_in = spent
+        unheld = self._paced(batch, batch.seconds + prepared_in + sum(spent))
         step = Step(
             Did.PUBLISHED,
             entries=len(batch.entries),
             records=plan.records,
             dead=dead,
-            more=batch.cut,
+            more=batch.cut or unheld,
             caught_up=self._past_cut(batch),
+            again=self._again(),
             read_seconds=batch.seconds,
             prepare_seconds=prepared_in,
             produce_seconds=produced_in,
@@ -371,11 +417,31 @@ class Shard:
         )
         return step
 
-    def _commit(self, kafka: Log, part: Part, lsn: str, *, last_id: int | None = None) -> tuple[float, float, float]:
+    def _goes_on(self, plan: Plan, part: Part, batch: Batch) -> bool:
+        """Whether, once this part is published, the next batch of the same backlog or backfill is to be read."""
+        if self._stop() or not plan.ends_with(part):
+            return False
+        return batch.cut or (batch.found.more and self._rate(batch) is None)
+
+    def _rate(self, batch: Batch) -> float | None:
+        paged = batch.found.paged
+        return next((r.arguments.get("rate") for r in batch.requests if paged and r.id == paged.request), None)
+
+    def _paced(self, batch: Batch, seconds: float) -> bool:
+        """Tell the pace what a page cost; whether there are more rows, and no rate that holds them back."""
+        paged, now = batch.found.paged, time.monotonic()
+        self._pace.keep(frozenset(request.id for request in batch.requests))
+        if paged is None:
+            return False
+        self._paged = paged.request
+        self._pace.took(paged.request, len(batch.found.page), seconds, self._rate(batch), now)
+        return batch.found.more and self._rate(batch) is None
+
+    def _commit(self, kafka: Log, part: Part, lsn: str, *, ahead: bool = False) -> tuple[float, float, float]:
         """One Kafka transaction: a part of a batch and the position after it.
 
         Up to `lsn` all must be on the server's disk: also a position alone has an anchor, which a crash would lose.
-        `last_id` is where the batch was cut. Seconds of producing, of waiting for the disk, and of committing.
+        `ahead`: read the next batch meanwhile. Seconds of producing, of waiting for the disk, and of committing.
         """
         if part.letters:
             self._check_dead({*self._hold.dead, *((letter.type, letter.key) for letter in part.letters)})
@@ -384,9 +450,7 @@ class Shard:
         began = time.monotonic()
         self._source.wait_flushed(lsn)
         flushed = time.monotonic()
-        cut = part.position.cut
-        if last_id is not None and cut is not None and cut.last_id == last_id and not self._stop():
-            # The batch's last part: while it is sent and committed, the next batch of the same cut is read.
+        if ahead:
             self._ahead.begin(self._read, part.position)
         kafka.begin(watched=self._watched)
         kafka.send_all(part.messages)

@@ -43,35 +43,89 @@ class Source:
     @property
     def order(self) -> Sequence[Column]:
         """The columns that the key is made of; the key itself where the query has none."""
-        made_of = [column for column in self.columns if column.name not in _OWN]
-        return made_of or [column for column in self.columns if column.name == "key"]
+        return self.made_of or [column for column in self.columns if column.name == "key"]
 
-    def page(self, *, after: bool, where: str | None = None) -> str:
-        """The query of the next page, in the order of its index.
+    @property
+    def made_of(self) -> Sequence[Column]:
+        """The columns that the key is made of; empty where the query has none beside the key."""
+        return [column for column in self.columns if column.name not in _OWN]
 
-        Its columns: key, state (text or bytea, as the query has it), headers and cause (null where the query has none),
-        and last an array of texts, where the page ended: given as `after_0`, `after_1` ... to the next page. `after`:
-        whether there was one before it. `where`: a condition over the source's columns. `rows`: how many at the most.
+    def page(self, *, after: bool, where: str | None = None, bare: bool = False, of_shard: str = "") -> str:
+        """The query of the next page, in the order of its index; per cent signs are doubled, as psycopg wants it.
+
+        Its columns: key, state in bytes, headers (a JSON object's text) and cause (null where the query has none), and
+        last an array of texts, where the page ended: given as `after_0`, `after_1` ... to the next page. `after`:
+        whether there was one before it. `where`: a condition over the source's columns. `bare`: without the state.
+        `of_shard`: a further condition, over `s.key`. `rows`: how many at the most.
         """
-        conditions = [] if where is None else [f"({where}\n)"]
+        conditions = [] if where is None else [f"({_doubled(where)}\n)"]
         if after:
             given = ", ".join(f"%(after_{n})s::{column.type}" for n, column in enumerate(self.order))
             conditions.append(f"({self._order}) > ({given})")
+        if of_shard:
+            conditions.append(of_shard)
         condition = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+        return f"{self._select(bare=bare)}{condition} ORDER BY {self._order} LIMIT %(rows)s"
+
+    def rows_of(self, *, bare: bool = False) -> str:
+        """The query of the rows of some keys, with the columns of `page`; see `looked_up` for what is given to it."""
+        made_of = self.made_of
+        if not made_of:
+            return f"{self._select(bare=bare)} WHERE s.key::text = ANY (%(keys)s::text[])"
+        # A condition of this form goes into a query that groups or is distinct; a join does not.
+        if len(made_of) == 1:
+            column = made_of[0]
+            return f"{self._select(bare=bare)} WHERE s.{quote(column.name)} = ANY (%(part_0)s::text[]::{column.type}[])"
+        parts = ", ".join(f"%(part_{n})s::text[]::{column.type}[]" for n, column in enumerate(made_of))
+        names = ", ".join(f"part_{n}" for n in range(len(made_of)))
+        same = " AND ".join(f"s.{quote(column.name)} = w.part_{n}" for n, column in enumerate(made_of))
+        return f"{self._select(bare=bare)} JOIN unnest({parts}) AS w ({names}) ON {same}"
+
+    def looked_up(self, keys: Sequence[str]) -> Mapping[str, Sequence[str]] | None:
+        """What `rows_of` is given for keys; None when one of them cannot be made of the source's columns."""
+        if not self.made_of:
+            return {"keys": list(keys)}
+        split = [split_key(key, len(self.made_of)) for key in keys]
+        if any(parts is None for parts in split):
+            return None
+        return {f"part_{n}": [parts[n] for parts in split if parts] for n in range(len(self.made_of))}
+
+    def _select(self, *, bare: bool) -> str:
+        there = {column.name: column.type for column in self.columns}
+        state = "NULL::bytea"
+        if not bare:
+            state = "s.state" if there["state"] == "bytea" else "convert_to(s.state::text, 'UTF8')"
+        headers, cause = (f"s.{name}::text" if name in there else "NULL::text" for name in ("headers", "cause"))
         at = ", ".join(f"s.{quote(column.name)}::text" for column in self.order)
         return (
-            f"SELECT {self._own}, ARRAY[{at}] AS at FROM (\n{self.query}\n) AS s{condition}"
-            f" ORDER BY {self._order} LIMIT %(rows)s"
+            f"SELECT s.key::text, {state} AS state, {headers} AS headers, {cause} AS cause, ARRAY[{at}] AS at "
+            f"FROM (\n{_doubled(self.query)}\n) AS s"
         )
 
     @property
     def _order(self) -> str:
         return ", ".join(f"s.{quote(column.name)}" for column in self.order)
 
-    @property
-    def _own(self) -> str:
-        there = {column.name for column in self.columns}
-        return ", ".join(f"s.{name}" if name in there else f"NULL AS {name}" for name in _OWN)
+
+def split_key(key: str, parts: int) -> list[str] | None:
+    """The parts of a key's text, as `outbox.key.key_text` joined them; None when it has not as many."""
+    if parts == 1:
+        return [key]
+    found, escaped = [""], False
+    for character in key:
+        if not escaped and character == "\\":
+            escaped = True
+            continue
+        if not escaped and character == ":":
+            found.append("")
+        else:
+            found[-1] += character
+        escaped = False
+    return found if len(found) == parts and not escaped else None
+
+
+def _doubled(query: str) -> str:
+    return query.replace("%", "%%")
 
 
 def look(connection: Connection, name: str, query: str) -> Source:

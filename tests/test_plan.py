@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox.batch import Batch, Entity, Request
+from outbox.batch import Batch
 from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.lineage import Head
 from outbox.plan import Part, Plan
 from outbox.position import Anchor, Cut, Point, Position, Snapshot, Totals, start
+from outbox.request import Entity, Found, Page, Request, Row
 
 TYPES = {
     "user": EntityType("user", "users"),
@@ -32,13 +35,14 @@ def batch_of(
     *,
     requests: Sequence[Request] = (),
     retained: Sequence[Entry] = (),
+    found: Found | None = None,
     last_id: int | None = None,
     position: Position | None = None,
 ) -> Batch:
     top = max((e.id for e in entries), default=100)
     head = Head(Snapshot(50, 50), "0/0", "1", 1, 1, 0, 1, anchor_found=True, top=Anchor(max(top, 100), 49, 0, 0))
     before = position or start("shop", 0, "t", 1, "1", 1, 0)
-    return Batch(before, head, TYPES, entries, last_id, requests, retained)
+    return Batch(before, head, TYPES, entries, last_id, requests, found or Found(retained))
 
 
 def plan_of(batch: Batch, dead: Mapping[Entity, int] | None = None) -> Plan:
@@ -199,6 +203,95 @@ def test_a_request_that_the_position_knows_to_be_done_is_not_done_again_and_is_f
     assert plan.empty
     plan = plan_of(batch_of([entry(5)], requests=[RETRY], position=position))
     assert plan.part().position.requests == {"9": done["9"]}
+
+
+BACKFILL = Request(5, "backfill", {"type": "user"})
+PUBLISH = Request(6, "publish", {"type": "user", "keys": ["a", "b", "c"]})
+
+
+def row(key: str, state: bytes | None = b"{}", *, failure: str | None = None) -> Row:
+    return Row(entry(0, key, state), (key,), failure)
+
+
+def page_of(*rows: Row, more: bool = True) -> Found:
+    return Found(page=rows, paged=Page(5, "user", None, None, len(rows)), more=more)
+
+
+def with_requests(requests: Mapping[str, Mapping[str, Any]]) -> Position:
+    return replace(start("shop", 0, "t", 1, "1", 1, 0), requests=requests)
+
+
+def test_a_page_follows_the_batch_without_the_keys_that_the_batch_has() -> None:
+    """Each key once; the page ends where it was read to, whatever is left out of it."""
+    plan = plan_of(batch_of([entry(50, "b")], requests=[BACKFILL], found=page_of(row("a"), row("b"))))
+    part = plan.part()
+    assert [(m.entry.id, m.entry.key) for m in part.messages] == [(50, "b"), (0, "a")]
+    assert dict(part.messages[1].headers) == {"outbox-id": b"0"}
+    assert part.position.requests["5"] == {"rows": 2, "refused": 0, "after": ["b"]}
+
+
+def test_every_part_of_a_page_says_where_the_next_begins_and_takes_the_letters_before_it() -> None:
+    """A relay that is killed between two parts goes on behind the first, and no row is without record or letter."""
+    found = page_of(row("a"), row("b", None, failure="division by zero"), row("c"), row("d", BIG), more=False)
+    plan = plan_of(batch_of([entry(50, "x")], requests=[BACKFILL], found=found))
+    seen = list(parts(plan, 1))
+    assert [[m.entry.key for m in part.messages] for part in seen] == [["x"], ["a"], ["c"]]
+    assert [[letter.key for letter in part.letters] for part in seen] == [[], [], ["b", "d"]]
+    assert [dict(part.position.requests) for part in seen] == [
+        {},
+        {"5": {"rows": 1, "refused": 0, "after": ["a"]}},
+        {"5": {"done": {"rows": 4, "refused": 2}}},
+    ]
+    assert seen[-1].letters[0].reason == "source"
+
+
+def test_a_backfill_counts_on_from_what_the_position_says() -> None:
+    """Also when it is over with a page that is empty."""
+    position = with_requests({"5": {"rows": 7, "refused": 1, "after": ["q"]}})
+    plan = plan_of(batch_of([], requests=[BACKFILL], found=page_of(row("r")), position=position))
+    assert plan.part().position.requests["5"] == {"rows": 8, "refused": 1, "after": ["r"]}
+    plan = plan_of(batch_of([], requests=[BACKFILL], found=page_of(more=False), position=position))
+    assert not plan.empty
+    assert plan.part().position.requests["5"] == {"done": {"rows": 7, "refused": 1}}
+
+
+def test_a_backfill_without_a_page_waits() -> None:
+    """Paused, held back by its rate, or another one's turn."""
+    assert plan_of(batch_of([], requests=[BACKFILL])).empty
+    paused = replace(BACKFILL, paused=True)
+    assert plan_of(batch_of([], requests=[paused], found=page_of(row("a")))).empty
+
+
+def test_a_source_that_cannot_be_read_ends_the_request_and_nothing_else() -> None:
+    """What it had done is said, and why it ended."""
+    found = Found(errors={"user": "no such column"})
+    position = with_requests({"5": {"rows": 7, "refused": 0, "after": ["q"]}})
+    part = plan_of(batch_of([entry(50)], requests=[BACKFILL], found=found, position=position)).part()
+    assert [m.entry.id for m in part.messages] == [50]
+    assert part.position.requests["5"] == {"done": {"rows": 7, "refused": 0, "error": "no such column"}}
+
+
+def test_named_keys_are_published_as_they_are_and_what_is_gone_gets_a_tombstone() -> None:
+    """From the source; a key of the batch is published by its entry."""
+    found = Found(current=[row("a"), row("c", None)])
+    part = plan_of(batch_of([entry(50, "b")], requests=[PUBLISH], found=found)).part()
+    assert [(m.entry.key, m.value) for m in part.messages] == [("b", b"{}"), ("a", b"{}"), ("c", None)]
+    assert part.position.requests["6"] == {"done": {"rows": 3, "refused": 0, "tombstones": 1, "gone": []}}
+
+
+def test_named_keys_of_a_type_without_a_source_are_published_as_far_as_they_are_retained() -> None:
+    """What is not retained is said, with its name."""
+    found = Found(retained=[entry(3, "a"), entry(4, "b")])
+    part = plan_of(batch_of([], requests=[PUBLISH], found=found)).part()
+    assert [m.entry.id for m in part.messages] == [3, 4]
+    done = {"rows": 3, "refused": 0, "tombstones": 0, "gone": [["user", "c"]]}
+    assert part.position.requests["6"] == {"done": done}
+
+
+def test_what_comes_from_a_source_clears_the_dead_letter_of_its_key() -> None:
+    """It is what the key is as of the batch: no entry that failed is newer."""
+    plan = plan_of(batch_of([], requests=[BACKFILL], found=page_of(row("a"))), {("user", "a"): 41, ("user", "b"): 42})
+    assert plan.done(plan.part()) == {("user", "b"): 42}
 
 
 @pytest.mark.parametrize("cut", [None, 40])

@@ -11,10 +11,12 @@ from model import holder as holders
 from model.holder import TYPE, TYPES, Holder
 from model.promises import Wrong, check_records
 from model.world import Database, Kafka, Row, Transaction, World, Writer
-from outbox.batch import Batch, Request
+from outbox.batch import Batch
 from outbox.entry import Entry
 from outbox.lineage import Head
 from outbox.position import Position, floor_of
+from outbox.request import Found as Sourced
+from outbox.request import Request
 
 
 class State(NamedTuple):
@@ -68,9 +70,10 @@ class Rules:
         batch = Batch(position, head, TYPES, entries, last_id)
         if self.takes_requests(batch) and database.requests:
             requests = [Request(number, "retry", {"type": None, "keys": None}) for number in database.requests]
-            named = wanted(requests)
+            named = wanted(requests, TYPES).retained
             last = {(TYPE, row.key): row for row in database.visible if row.shard == shard and (TYPE, row.key) in named}
-            batch = replace(batch, requests=requests, retained=sorted(entry(row) for row in last.values()))
+            found = Sourced(sorted(entry(row) for row in last.values()))
+            batch = replace(batch, requests=requests, found=found)
         return batch
 
     def look(self, database: Database, position: Position) -> Head:

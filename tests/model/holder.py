@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 from model.world import SYSTEM, Record
-from outbox.batch import Batch, Entity, Request
+from outbox.batch import Batch
 from outbox.config import Config
 from outbox.dead_letter import DeadLetter
 from outbox.entity_type import EntityType
@@ -25,6 +25,7 @@ from outbox.lineage import Head
 from outbox.message import Message
 from outbox.ports import Identity
 from outbox.position import Position
+from outbox.request import Entity, Request, Wanted
 from outbox.shard import Shard
 
 TYPE = "t"
@@ -249,7 +250,9 @@ class _Source:
     def close(self) -> None:
         self.generation = None
 
-    def read(self, position: Position, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]]) -> Batch:
+    def read(
+        self, position: Position, wanted: Callable[[Sequence[Request], Mapping[str, EntityType]], Wanted]
+    ) -> Batch:
         batch: Batch = self._run.ask("read", position, wanted, self.generation)
         return batch
 

@@ -18,7 +18,7 @@ from greenlet import greenlet  # type: ignore[import-untyped]  # it has no types
 from model.holder import TYPE, AtOnce, LogPort
 from outbox import schema
 from outbox.adoption import adopt_log
-from outbox.batch import Batch, Entity, Request
+from outbox.batch import Batch
 from outbox.config import Config
 from outbox.entity_type import EntityType
 from outbox.errors import BrokerUnavailableError, DatabaseUnavailableError, OutboxError
@@ -26,6 +26,7 @@ from outbox.lineage import Head
 from outbox.ports import Identity
 from outbox.position import Position
 from outbox.reader import Reader
+from outbox.request import Request, Wanted
 from outbox.shard import Did, Shard
 
 T = TypeVar("T")
@@ -347,7 +348,9 @@ class PausedReader:
     def close(self) -> None:
         self._reader.close()
 
-    def read(self, position: Position, wanted: Callable[[Sequence[Request]], Mapping[Entity, int]]) -> Batch:
+    def read(
+        self, position: Position, wanted: Callable[[Sequence[Request], Mapping[str, EntityType]], Wanted]
+    ) -> Batch:
         read = self._relay.around.read
         return self._relay.ask_database("read", lambda: read(self._reader, position, wanted))
 

@@ -145,9 +145,10 @@ CREATE INDEX entries_shard_xid ON {schema}.entries (shard, xid)
 -- What the command line asks of the relay. The relay writes no row here: it calls report().
 CREATE TABLE {schema}.requests (
     id           bigint      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
-    kind         text        NOT NULL CHECK (kind IN ('retry', 'drop')),
+    kind         text        NOT NULL CHECK (kind IN ('retry', 'drop', 'publish', 'backfill')),
     arguments    jsonb       NOT NULL DEFAULT '{{}}',
     requested_at timestamptz NOT NULL DEFAULT now(),
+    paused_at    timestamptz,
     cancelled_at timestamptz
 )
 --;

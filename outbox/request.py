@@ -1,0 +1,94 @@
+"""Requests: what the control table asks of the relay, what must be read for it, and what was found. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from outbox.entry import Entry
+
+Entity = tuple[str, str]
+"""An entity type's name and a key."""
+
+DEAD_LETTERS = frozenset({"retry", "drop"})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row of the control table: what the command line asks of the relay.
+
+    `retry` and `drop` name dead letters: `arguments` holds `type` (None: of every type) and `keys` (None: all).
+    `publish` names keys of a type (`type`, `keys`): the state that each has now is published, or a tombstone.
+    `backfill` means all that the source of a type has (`type`, `where`: a condition or None, `rate`: rows a second or
+    None). `paused`: nothing is done for it until somebody resumes it.
+    """
+
+    id: int
+    kind: str
+    arguments: Mapping[str, Any]
+    paused: bool = False
+
+    def names(self, dead: Iterable[Entity]) -> list[Entity]:
+        """Those of the dead letters that it means."""
+        type_name, keys = self.arguments.get("type"), self.arguments.get("keys")
+        return [
+            (of, key) for of, key in dead if (type_name is None or of == type_name) and (keys is None or key in keys)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The next rows of a type's source, in its order, that a backfill wants.
+
+    `after`: where the page before ended, as texts (None: there was none). `rows`: how many at the most.
+    """
+
+    request: int
+    type: str
+    where: str | None
+    after: Sequence[str] | None
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What open requests want to be read beside a batch, in its snapshot.
+
+    `retained`: the last retained entry of each entity, with an id below which it cannot be. `current`: the state that
+    each has in its type's source.
+    """
+
+    retained: Mapping[Entity, int] = field(default_factory=dict)
+    current: Sequence[Entity] = ()
+    page: Page | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything is wanted."""
+        return bool(self.retained or self.current or self.page)
+
+
+class Row(NamedTuple):
+    """One row of a source: as an entry with id 0, since none was written, and where the page would end after it.
+
+    `failure` says why there is no state, though there is a row; it is None otherwise.
+    """
+
+    entry: Entry
+    at: Sequence[str] = ()
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was read for `Wanted`: entries; of each entity its row, without a state where it is gone; a page.
+
+    `more`: whether the source may go on after the page. `errors`: by type, why its source could not be read.
+    """
+
+    retained: Sequence[Entry] = ()
+    current: Sequence[Row] = ()
+    page: Sequence[Row] = ()
+    paged: Page | None = None
+    more: bool = False
+    errors: Mapping[str, str] = field(default_factory=dict)

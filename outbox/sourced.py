@@ -1,0 +1,189 @@
+"""Reading through the types' sources what requests want, within a batch's own transaction.
+
+A source is the owner's own query: a row of it may fail, a migration may break all of it, and neither may hold up what
+the log publishes. So each query runs behind a savepoint, a row that fails is found by halving, and what cannot be read
+at all is an outcome of the request, not an error of the relay's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import errors as pg
+
+from outbox.capture import SEARCH_PATH, TEXT_SETTINGS
+from outbox.database import Connection
+from outbox.entity_type import EntityType
+from outbox.entry import Entry
+from outbox.errors import ConfigError
+from outbox.key import MAX_KEY_BYTES
+from outbox.request import Found, Page, Row, Wanted
+from outbox.schema import literal, quote
+from outbox.source import Source, look
+
+# What a smaller page may be free of: errors of a row, by their SQLSTATE classes (data, cardinality, a constraint of a
+# domain, RAISE).
+_OF_A_ROW = ("21", "22", "23", "P0")
+# A page that takes longer is read in smaller pieces.
+_MOST_MS = 10_000
+# What the relay's session has switched off for its own queries.
+_PLANNER = ("enable_seqscan", "enable_bitmapscan")
+
+
+class _UnreadableError(Exception):
+    """A source that cannot be read, and why."""
+
+
+class _QueryError(_UnreadableError):
+    """A query that the server answered with an error; `of_a_row`: a smaller one may be free of it."""
+
+    def __init__(self, error: psycopg.Error) -> None:
+        super().__init__((error.diag.message_primary or str(error)).strip())
+        self.of_a_row = (error.sqlstate or "")[:2] in _OF_A_ROW or isinstance(error, pg.QueryCanceled)
+
+
+class Sources:
+    """The sources of one connection. `schema` is the outbox's; of `shards` only `shard` is read."""
+
+    def __init__(self, schema: str, *, shard: int, shards: int) -> None:
+        self._of_shard = "" if shards == 1 else f"{quote(schema)}.shard_of(%(type)s, s.key::text) = {shard}"
+        self._known: dict[str, Source] = {}
+
+    def find(
+        self, connection: Connection, wanted: Wanted, types: Mapping[str, EntityType], retained: Sequence[Entry]
+    ) -> Found:
+        """Read what is wanted; `retained` was read already. Raises psycopg's errors of a server that is lost."""
+        errors: dict[str, str] = {}
+        current: list[Row] = []
+        page: Sequence[Row] = ()
+        more = False
+        by_type: dict[str, list[str]] = defaultdict(list)
+        for name, key in wanted.current:
+            by_type[name].append(key)
+        if wanted.current or wanted.page:
+            _prepare(connection)
+        for name, keys in by_type.items():
+            try:
+                current += self._rows(connection, name, self._source(connection, name, types), keys)
+            except _UnreadableError as error:
+                errors[name] = str(error)
+        if wanted.page is not None:
+            name = wanted.page.type
+            try:
+                page, more = self._page(connection, self._source(connection, name, types), wanted.page)
+            except _UnreadableError as error:
+                errors[name] = str(error)
+        return Found(retained, current, page, wanted.page, more, errors)
+
+    def _source(self, connection: Connection, name: str, types: Mapping[str, EntityType]) -> Source:
+        entity_type = types.get(name)
+        if entity_type is None or entity_type.source is None:
+            raise _UnreadableError(f'the entity type "{name}" has no source')
+        path = SEARCH_PATH if entity_type.derived else "DEFAULT"
+        connection.execute(f"SET LOCAL search_path TO {path}".encode())
+        known = self._known.get(entity_type.source)
+        if known is None:
+            try:
+                known = self._known[entity_type.source] = look(connection, name, entity_type.source)
+            except ConfigError as error:
+                raise _UnreadableError(str(error)) from error
+        return known
+
+    def _page(self, connection: Connection, source: Source, asked: Page) -> tuple[Sequence[Row], bool]:
+        """The rows of a page, as many as can be read at once, and whether there may be more."""
+        arguments: dict[str, Any] = {f"after_{n}": text for n, text in enumerate(asked.after or ())}
+        arguments |= {"type": asked.type, "rows": asked.rows}
+
+        def query(*, bare: bool) -> str:
+            return source.page(after=asked.after is not None, where=asked.where, bare=bare, of_shard=self._of_shard)
+
+        while True:
+            try:
+                found = _ask(connection, query(bare=False), arguments)
+            except _QueryError as error:
+                if not error.of_a_row:
+                    raise
+                if arguments["rows"] > 1:
+                    arguments["rows"] //= 2
+                    continue
+                # The row alone, without its state: what it is called, and where the next page begins.
+                found = _ask(connection, query(bare=True), arguments)
+                return [_row(asked.type, *one, failure=str(error)) for one in found], True
+            return [_row(asked.type, *one) for one in found], len(found) == arguments["rows"]
+
+    def _rows(self, connection: Connection, name: str, source: Source, keys: Sequence[str]) -> list[Row]:
+        """The rows of some keys, in their order; one without a state for a key that is gone."""
+        there = {row.entry.key: row for row in self._there(connection, name, source, keys)}
+        return [there.get(key) or Row(Entry(0, name, key, None, _now_ms())) for key in keys]
+
+    def _there(self, connection: Connection, name: str, source: Source, keys: Sequence[str]) -> list[Row]:
+        arguments = source.looked_up(keys)
+        failure = None
+        if arguments is not None:
+            try:
+                return [_row(name, *one) for one in _ask(connection, source.rows_of(), arguments)]
+            except _QueryError as error:
+                if not error.of_a_row:
+                    raise
+                failure = str(error)
+        if len(keys) > 1:
+            half = len(keys) // 2
+            halves = (keys[:half], keys[half:])
+            return [row for half_of_them in halves for row in self._there(connection, name, source, half_of_them)]
+        if arguments is None:
+            return []  # a key of other parts than the source has columns
+        try:
+            bare = _ask(connection, source.rows_of(bare=True), arguments)
+        except _QueryError:
+            return []  # no row has a key that its columns cannot hold
+        return [_row(name, *one, failure=failure) for one in bare]
+
+
+def _prepare(connection: Connection) -> None:
+    """Set, until the transaction ends, what a source is run under."""
+    for name, value in TEXT_SETTINGS.items():
+        connection.execute(f"SET LOCAL {quote(name)} = {literal(value)}".encode())
+    for name in _PLANNER:
+        connection.execute(f"SET LOCAL {name} = on".encode())
+    connection.execute(b"SET LOCAL statement_timeout = %d" % _MOST_MS)
+
+
+def _ask(connection: Connection, query: str, arguments: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Run a query behind a savepoint; `_QueryError` for its own errors, psycopg's for a server that is lost."""
+    connection.execute("SAVEPOINT source")
+    try:
+        found = connection.cursor(binary=True).execute(query.encode(), arguments).fetchall()
+    except psycopg.Error as error:
+        if connection.closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.INERROR:
+            raise
+        connection.execute("ROLLBACK TO SAVEPOINT source")
+        raise _QueryError(error) from error
+    connection.execute("RELEASE SAVEPOINT source")
+    return found
+
+
+def _row(
+    name: str,
+    key: str | None,
+    state: bytes | None,
+    headers: str | None,
+    cause: str | None,
+    at: Sequence[str],
+    *,
+    failure: str | None = None,
+) -> Row:
+    if failure is None and not (key and len(key.encode()) <= MAX_KEY_BYTES):
+        failure = f"its key is null, empty or longer than {MAX_KEY_BYTES} bytes"
+    elif failure is None and state is None:
+        failure = "its state is null"
+    # Of a row without a usable key the place says which it is.
+    entry = Entry(0, name, (key or ":".join(map(str, at)))[:200], state, _now_ms(), None, cause, headers)
+    return Row(entry if key is None or failure else entry._replace(key=key), at, failure)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
