@@ -113,7 +113,7 @@ def _ask(
         raise click.UsageError("Say which: --type TYPE, with --key KEY if only some; or --all.")
     if everything and (type_name is not None or keys):
         raise click.UsageError("--all goes without --type and --key.")
-    from outbox.dead_letters import request, wait_for
+    from outbox.requests import ask, wait_for
 
     with settings.connect() as connection:
         schema = settings.config.schema
@@ -126,9 +126,7 @@ def _ask(
             click.echo("There is no such dead letter.", err=True)
             _tell({"request": None, {"retry": "retried", "drop": "dropped"}[kind]: 0}, [], as_json)
             return
-        number = request(connection, schema, kind, type_name=type_name, keys=keys)
-        # A sleeping relay is woken as by a writer.
-        connection.execute("SELECT pg_notify(%s, '')", [schema])
+        number = ask(connection, schema, kind, {"type": type_name, "keys": list(keys) or None})
         said = f"waiting for the relay, up to {timeout:g} s (request {number}) ..."
         outcomes = wait_for(
             connection, schema, number, shards, seconds=timeout, on_wait=lambda: click.echo(said, err=True)
