@@ -10,7 +10,8 @@ from outbox.schema import quote
 def read_types(connection: Connection, schema: str) -> list[EntityType]:
     """All entity types, by name."""
     rows = connection.execute(
-        "SELECT name, topic, topic_settings, collapse, max_bytes, source "
-        f"FROM {quote(schema)}.entity_types ORDER BY name".encode()
+        "SELECT t.name, t.topic, t.topic_settings, t.collapse, t.max_bytes, t.source, "
+        f"EXISTS (SELECT FROM {quote(schema)}.captures c WHERE c.type = t.name AND c.source = t.source) "
+        f"FROM {quote(schema)}.entity_types t ORDER BY t.name".encode()
     )
     return [EntityType(*row) for row in rows]

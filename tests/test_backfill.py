@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psycopg
 import pytest
 
 from consume import entry_id, live, records
 from devstack.kafka import Kafka
 from outbox import requests
-from relays import RelayProcess, environment, eventually, must
+from relays import RelayProcess, environment, eventually, must, outbox
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
 
@@ -167,3 +171,110 @@ def test_a_backfill_that_is_paused_waits_and_goes_on_where_it_was(owner: Owner) 
         assert owner.outcome(number)["rows"] == 5000
     assert len(live(owner.kafka, owner.topic).values) == 5002
     assert len(records(owner.kafka, owner.topic)) == 5002
+
+
+def _has(owner: Owner, count: int) -> bool:
+    return len(records(owner.kafka, owner.topic)) > count
+
+
+def outbox_json(owner: Owner, *arguments: str) -> Any:
+    return orjson.loads(must(owner.env, "backfill", *arguments, "--json"))
+
+
+def test_the_command_starts_watches_lists_and_refuses_a_second(owner: Owner) -> None:
+    """With the total; the second request for the same type names the first."""
+    owner.add_type()
+    assert outbox_json(owner, "start", "customer", "--dry-run") == {"request": None, "rows": 5000, "keys": None}
+    number = outbox_json(owner, "start", "customer")["request"]
+    second = outbox(owner.env, "backfill", "start", "customer")
+    assert second.returncode == 78
+    assert f"request {number} (running)" in second.stderr
+    with owner.relay():
+        done = outbox_json(owner, "watch", str(number))
+        assert (done["rows"], done["total"], done["state"]) == (5000, 5000, "done")
+        again = must(owner.env, "backfill", "start", "customer", "--where", "id <= 10", "--watch")
+        assert again.strip() == "done: 10 rows"
+        gone = must(owner.env, "backfill", "start", "customer", "--key", "7", "--key", "9999", "--dry-run")
+        assert gone.strip() == "1 rows of customer would be published, 1 tombstones."
+        eventually(lambda: {one["state"] for one in outbox_json(owner, "list")} == {"done"})
+    assert [one["request"] for one in outbox_json(owner, "list")] == [number, number + 1]
+
+
+def test_pause_resume_cancel(owner: Owner) -> None:
+    """What was published stays; a cancelled one is not gone on with, and another may begin."""
+    owner.add_type()
+    number = str(outbox_json(owner, "start", "customer", "--rate", "500")["request"])
+    with owner.relay():
+        eventually(lambda: records(owner.kafka, owner.topic))
+        must(owner.env, "backfill", "pause", number)
+        assert outbox_json(owner, "list")[0]["state"] == "paused"
+        must(owner.env, "backfill", "resume", number)
+        must(owner.env, "backfill", "cancel", number)
+        refused = outbox(owner.env, "backfill", "resume", number)
+        assert (refused.returncode, f"Backfill {number} is cancelled" in refused.stderr) == (78, True)
+        assert outbox_json(owner, "start", "customer", "--watch")["rows"] == 5000
+    assert live(owner.kafka, owner.topic).json == owner.table()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (None, "has no source"),
+        ("SELECT (id / 2)::text AS key, to_jsonb(c) AS state, id / 2 AS half FROM customer c", "key of another: 1"),
+        ("SELECT nullif(id, 3)::text AS key, to_jsonb(c) AS state, id FROM customer c", "1 rows without a key"),
+    ],
+)
+def test_a_source_that_cannot_be_paged_is_refused_at_once(owner: Owner, source: str | None, said: str) -> None:
+    """With the keys, before anything is asked for."""
+    owner.add_type(source)
+    refused = outbox(owner.env, "backfill", "start", "customer")
+    assert refused.returncode == 78
+    assert said in refused.stderr
+    assert outbox_json(owner, "list") == []
+
+
+def test_a_backfill_under_writers_with_the_relay_killed_is_exact(owner: Owner) -> None:
+    """Killed again and again: the topic equals the table, versions only grow, each row comes from the backfill once."""
+    owner.sql(
+        "TRUNCATE customer",
+        "INSERT INTO customer SELECT n, 'customer ' || n FROM generate_series(1, 200000) n",
+        """CREATE FUNCTION change(one bigint) RETURNS void LANGUAGE sql AS $$
+               UPDATE customer SET version = version + 1 WHERE id = one;
+               SELECT outbox.put('customer', one::text, to_jsonb(c)) FROM customer c WHERE id = one $$""",
+    )
+    owner.add_type()
+    stop = threading.Event()
+
+    def write(seed: int) -> None:
+        draw = random.Random(seed)
+        with psycopg.connect(owner.url, autocommit=True) as connection:
+            while not stop.is_set():
+                connection.execute("SELECT change(%s)", [draw.choice((draw.randint(1, 200), draw.randint(1, 200_000)))])
+
+    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(8)]
+    number = owner.ask()
+    with RelayProcess(owner.env, owner.directory / "relay.log") as relay:
+        for one in writers:
+            one.start()
+        try:
+            for killed in range(20):
+                # At a place that differs from kill to kill.
+                eventually(partial(_has, owner, killed * 9_000), seconds=120)
+                relay.kill()
+                relay.start()
+            assert owner.outcome(number) == {"rows": 200_000, "refused": 0}
+        finally:
+            stop.set()
+            for one in writers:
+                one.join()
+        assert relay.stop() == 0
+    must(owner.env, "relay", "--until-caught-up")
+    found = records(owner.kafka, owner.topic)
+    backfilled = [record.key for record in found if entry_id(record) == 0]
+    assert len(backfilled) == len(set(backfilled))
+    versions: dict[bytes | None, int] = {}
+    for record in found:
+        version = orjson.loads(record.value or b"{}")["version"]
+        assert version >= versions.get(record.key, 0), record
+        versions[record.key] = version
+    assert live(owner.kafka, owner.topic).json == owner.table()

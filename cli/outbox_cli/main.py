@@ -22,6 +22,7 @@ from outbox_cli.settings import Settings, global_options
 # install without Kafka works.
 _COMMANDS: dict[str, tuple[str, str]] = {
     "adopt": ("adopt", "Make the retained log new, after a restore or for a copy."),
+    "backfill": ("backfill", "Publish the present state of what a type's source holds."),
     "completion": ("completion", "Print the shell's completion script."),
     "config": ("config", "Show the settings in force, and where each comes from."),
     "dead-letters": ("dead_letters", "List, retry or drop what could not be published."),

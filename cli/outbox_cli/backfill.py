@@ -1,0 +1,242 @@
+"""`outbox backfill`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import UTC
+
+import click
+
+from outbox import backfill, requests
+from outbox.backfill import Progress
+from outbox.config import Config
+from outbox.database import Connection
+from outbox.entity_type import EntityType
+from outbox.entity_types import read_types
+from outbox.errors import ConfigError, UnknownTypeError
+from outbox.requests import Asked
+from outbox_cli.settings import (
+    ENTITY_TYPE,
+    Settings,
+    fail,
+    json_option,
+    outbox_row,
+    print_json,
+    table,
+    with_settings,
+)
+
+_LOOK_SECONDS = 0.5
+
+
+@click.group("backfill", epilog="Example: outbox backfill start customer --watch")
+def command() -> None:
+    """Publish the present state of what a type's source holds."""
+
+
+@command.command(epilog="Example: outbox backfill start customer --where 'id < 1000' --rate 500 --watch")
+@click.argument("type_name", metavar="TYPE", type=ENTITY_TYPE)
+@click.option("--where", metavar="SQL", help="Only rows of the source for which this holds.")
+@click.option("--key", "keys", multiple=True, metavar="KEY", help="Only these entities; gone ones get a tombstone.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Rows a second at the most.")
+@click.option("--dry-run", is_flag=True, help="Count what would be published, and ask for nothing.")
+@click.option("--watch", is_flag=True, help="Show a bar until it is done.")
+@json_option
+@with_settings
+def start(
+    settings: Settings,
+    type_name: str,
+    where: str | None,
+    keys: tuple[str, ...],
+    rate: float | None,
+    dry_run: bool,
+    watch: bool,
+    as_json: bool,
+) -> None:
+    """Ask the relay for a backfill; it publishes page by page, beside the live changes."""
+    if keys and (where is not None or rate is not None):
+        raise click.UsageError("--key goes without --where and --rate.")
+    with settings.connect() as connection:
+        config = settings.needs_kafka() if watch else settings.config
+        name, shards = outbox_row(connection, config.schema)
+        entity_type = _type(connection, config, type_name)
+        if keys:
+            total = backfill.named(connection, entity_type, keys)
+        else:
+            checked = backfill.check(connection, entity_type, where=where)
+            total = checked.rows
+            if checked.slow is not None:
+                click.echo(f"warning: this will be slow: {checked.slow}.", err=True)
+        if dry_run:
+            if as_json:
+                print_json({"request": None, "rows": total, "keys": len(keys) or None})
+            else:
+                gone = f", {len(keys) - total} tombstones" if keys else ""
+                click.echo(f"{total:,} rows of {type_name} would be published{gone}.")
+            return
+        if keys:
+            arguments = {"type": type_name, "keys": list(dict.fromkeys(keys)), "total": len(set(keys))}
+            number = requests.ask(connection, config.schema, "publish", arguments)
+        else:
+            number = backfill.start(
+                connection, config.schema, entity_type, shards=shards, where=where, rate=rate, total=total
+            )
+        if not watch:
+            if as_json:
+                print_json({"request": number, "rows": total})
+            else:
+                click.echo(f"request {number}: {total:,} rows. See: outbox backfill watch {number}")
+            return
+        _watch(config, connection, name, shards, number, as_json)
+
+
+def _type(connection: Connection, config: Config, name: str) -> EntityType:
+    for entity_type in read_types(connection, config.schema):
+        if entity_type.name == name:
+            return entity_type
+    raise UnknownTypeError(f'There is no entity type "{name}".', cure="See them: outbox types list.")
+
+
+def _progress(config: Config, name: str, asked: Asked) -> Progress:
+    from outbox.kafka.shard_log import read_positions
+    from outbox.position import Position
+
+    values = read_positions(config, name)
+    return backfill.progress(asked, [Position.decode(value) if value is not None else None for value in values])
+
+
+def _find(connection: Connection, config: Config, number: int) -> Asked:
+    found = requests.find(connection, config.schema, kinds=("backfill", "publish"), number=number)
+    if not found:
+        raise ConfigError(f"There is no backfill with the number {number}.", cure="See them: outbox backfill list.")
+    return found[0]
+
+
+@command.command("list", epilog="Example: outbox backfill list --json")
+@json_option
+@with_settings
+def list_(settings: Settings, as_json: bool) -> None:
+    """List the backfills that were asked for, and how far they are."""
+    config = settings.needs_kafka()
+    with settings.connect() as connection:
+        name, shards = outbox_row(connection, config.schema)
+        asked = requests.find(connection, config.schema, kinds=("backfill", "publish"))
+    rows = [(one, _progress(config, name, one)) for one in asked]
+    if as_json:
+        print_json([_as_json(one, done, shards) for one, done in rows])
+    elif rows:
+        shown = [
+            (
+                one.id,
+                one.arguments.get("type"),
+                one.state(shards) if done.error is None else "failed",
+                f"{done.rows:,}",
+                "?" if one.arguments.get("total") is None else f"{one.arguments['total']:,}",
+                done.refused,
+                one.requested_at.astimezone(UTC).isoformat(" ", "seconds"),
+                done.error or "",
+            )
+            for one, done in rows
+        ]
+        click.echo(table(("REQUEST", "TYPE", "STATE", "ROWS", "OF", "REFUSED", "ASKED", ""), shown))
+    else:
+        click.echo("No backfill was asked for.")
+
+
+def _as_json(asked: Asked, done: Progress, shards: int) -> dict[str, object]:
+    return {
+        "request": asked.id,
+        "type": asked.arguments.get("type"),
+        "state": asked.state(shards) if done.error is None else "failed",
+        "rows": done.rows,
+        "total": asked.arguments.get("total"),
+        "refused": done.refused,
+        "error": done.error,
+        "requested_at": asked.requested_at.astimezone(UTC).isoformat(timespec="seconds"),
+    }
+
+
+_NUMBER = click.argument("number", metavar="REQUEST", type=click.IntRange(1))
+
+
+def _change(settings: Settings, number: int, *, paused: bool | None) -> None:
+    with settings.connect() as connection:
+        config = settings.config
+        _, shards = outbox_row(connection, config.schema)
+        asked = _find(connection, config, number)
+        if asked.state(shards) in {"done", "cancelled"}:
+            raise ConfigError(f"Backfill {number} is {asked.state(shards)}.", cure="See them: outbox backfill list.")
+        requests.set_state(connection, config.schema, number, paused=paused)
+
+
+@command.command(epilog="Example: outbox backfill pause 7")
+@_NUMBER
+@with_settings
+def pause(settings: Settings, number: int) -> None:
+    """Let a backfill wait; what it has published stays, and live changes flow on."""
+    _change(settings, number, paused=True)
+    click.echo(f"Backfill {number} waits. Go on: outbox backfill resume {number}")
+
+
+@command.command(epilog="Example: outbox backfill resume 7")
+@_NUMBER
+@with_settings
+def resume(settings: Settings, number: int) -> None:
+    """Let a backfill go on where it was."""
+    _change(settings, number, paused=False)
+    click.echo(f"Backfill {number} goes on. See: outbox backfill watch {number}")
+
+
+@command.command(epilog="Example: outbox backfill cancel 7")
+@_NUMBER
+@with_settings
+def cancel(settings: Settings, number: int) -> None:
+    """End a backfill for good; what it has published stays."""
+    _change(settings, number, paused=None)
+    click.echo(f"Backfill {number} is cancelled.")
+
+
+@command.command(epilog="Example: outbox backfill watch 7")
+@_NUMBER
+@json_option
+@with_settings
+def watch(settings: Settings, number: int, as_json: bool) -> None:
+    """Show a bar until a backfill is done; Ctrl-C ends the watching alone. Exit 1 when rows were refused."""
+    config = settings.needs_kafka()
+    with settings.connect() as connection:
+        name, shards = outbox_row(connection, config.schema)
+        _find(connection, config, number)
+        _watch(config, connection, name, shards, number, as_json)
+
+
+def _watch(config: Config, connection: Connection, name: str, shards: int, number: int, as_json: bool) -> None:
+    asked = _find(connection, config, number)
+    done = _progress(config, name, asked)
+    total = asked.arguments.get("total")
+    # On a terminal a bar; elsewhere, and for scripts, the end alone.
+    with click.progressbar(
+        length=total or 0, label=f"{asked.arguments['type']} (request {number})", show_pos=True, file=sys.stderr
+    ) as bar:
+        while True:
+            asked = _find(connection, config, number)
+            done = _progress(config, name, asked)
+            # Rows that were written since the count are no reason for a bar that is over too early.
+            bar.length = max(total or 0, done.rows)
+            bar.update(done.rows - bar.pos)
+            if asked.state(shards) != "running" or done.shards_done >= shards:
+                break
+            time.sleep(_LOOK_SECONDS)
+    if as_json:
+        print_json(_as_json(asked, done, shards))
+    elif done.error is not None:
+        raise ConfigError(
+            f"Backfill {number} ended after {done.rows:,} rows: {done.error}.",
+            cure="Mend the source (outbox types change TYPE --source ...) and start it again.",
+        )
+    else:
+        state = "done" if done.shards_done >= shards else asked.state(shards)
+        refused = f", {done.refused} refused (see: outbox dead-letters list)" if done.refused else ""
+        click.echo(f"{state}: {done.rows:,} rows{refused}")
+    if done.refused or done.error is not None:
+        fail(1)
