@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from model.explore import Found, Rules, entry, explore
+from model.explore import BACKFILL, Found, Rules, entry, explore
 from model.holder import TYPE, TYPES
 from model.world import SYSTEM, Commit, Database, Kafka, Row, Transaction, World, Writer
 from outbox.batch import Batch
 from outbox.hold import Hold
 from outbox.position import Position, start
+from outbox.request import Found as Sourced
+from outbox.request import Page
 
 
 @pytest.fixture(autouse=True)
@@ -402,3 +404,46 @@ def test_wrong_a_request_taken_in_a_cut_batch_is_followed_by_older_states() -> N
             return True
 
     wrong(explore(with_a_dead_letter("B.A.A."), ONE, Hasty(1)), "published")
+
+
+# -- backfills -----------------------------------------------------------------------------------------------------
+
+
+def with_a_backfill(*programs: str, **more: Any) -> World:
+    """A and B were there before the outbox; a backfill is asked for."""
+    database = Database(before=(("A", (1, 1)), ("B", (1, 1))), requests=(BACKFILL,))
+    return world(*programs, database=database, **more)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2])
+@pytest.mark.parametrize("programs", [("A.",), ("A.A.", "B."), ("AB.", "A.")])
+def test_a_backfill_beside_writers(batch_rows: int, programs: Sequence[str]) -> None:
+    """Its page is of the batch's own snapshot: each key once, never older than what follows, beside a cut backlog."""
+    right(explore(with_a_backfill(*programs), ONE, Rules(batch_rows)), least=30)
+
+
+@pytest.mark.parametrize("more", [{"kills": 2}, {"lost_answers": 1}, {"aborts": 1}, {"refusals": 1}], ids=str)
+def test_a_backfill_that_is_interrupted_goes_on_behind_its_last_key(more: dict[str, int]) -> None:
+    """How far it is lies in the position, in the transaction that published its page."""
+    right(explore(with_a_backfill("A.", **more), ONE, Rules(1)), least=50)
+
+
+def test_wrong_a_page_taken_in_a_cut_batch_is_followed_by_older_states() -> None:
+    """The rest of the backlog is older than the page."""
+
+    class Hasty(Rules):
+        def takes_requests(self, batch: Batch) -> bool:
+            return True
+
+    wrong(explore(with_a_backfill("B.A."), ONE, Hasty(1)), "published")
+
+
+def test_wrong_a_page_of_another_snapshot_is_older_than_what_was_published() -> None:
+    """Read before the batch, outside of its transaction: what is committed in between is published first."""
+
+    class Stale(Rules):
+        def page(self, database: Database, shard: int, page: Page, found: Sourced) -> Sourced:
+            before = replace(database, commits=database.commits[:-1])
+            return super().page(before, shard, page, found)
+
+    wrong(explore(with_a_backfill("A.A."), ONE, Stale(2)), "published after")

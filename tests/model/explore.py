@@ -16,7 +16,15 @@ from outbox.entry import Entry
 from outbox.lineage import Head
 from outbox.position import Position, floor_of
 from outbox.request import Found as Sourced
-from outbox.request import Request
+from outbox.request import Page, Request
+from outbox.request import Row as SourcedRow
+
+RETRY, BACKFILL = 7, 8
+REQUESTS = {
+    RETRY: Request(RETRY, "retry", {"type": None, "keys": None}),
+    BACKFILL: Request(BACKFILL, "backfill", {"type": TYPE}),
+}
+"""What may be asked for, by number."""
 
 
 class State(NamedTuple):
@@ -69,12 +77,20 @@ class Rules:
         last_id = entries[-1].id if len(entries) >= self.batch_rows else None
         batch = Batch(position, head, TYPES, entries, last_id)
         if self.takes_requests(batch) and database.requests:
-            requests = [Request(number, "retry", {"type": None, "keys": None}) for number in database.requests]
-            named = wanted(requests, TYPES).retained
+            requests = [REQUESTS[number] for number in database.requests]
+            asked = wanted(requests, TYPES)
+            named = asked.retained
             last = {(TYPE, row.key): row for row in database.visible if row.shard == shard and (TYPE, row.key) in named}
-            found = Sourced(sorted(entry(row) for row in last.values()))
+            retained = sorted(entry(row) for row in last.values())
+            found = self.page(database, shard, asked.page, Sourced(retained)) if asked.page else Sourced(retained)
             batch = replace(batch, requests=requests, found=found)
         return batch
+
+    def page(self, database: Database, shard: int, page: Page, found: Sourced) -> Sourced:
+        """The next rows of the table, as of the batch's snapshot."""
+        keys = [key for key in sorted(database.domain) if page.after is None or key > page.after[0]]
+        rows = [sourced(database, shard, key) for key in keys[: page.rows]]
+        return replace(found, page=rows, paged=page, more=len(rows) == page.rows)
 
     def look(self, database: Database, position: Position) -> Head:
         """What the first statement of a batch answers, alone."""
@@ -99,6 +115,11 @@ class Rules:
     def commit(self, kafka: Kafka, shard: int, transaction: Transaction) -> Sequence[Kafka]:
         """The states that a commit goes through; after any of them everything may be killed."""
         return [kafka.commit(shard, transaction)]
+
+
+def sourced(database: Database, shard: int, key: str) -> SourcedRow:
+    """A row of the table, as a backfill reads it."""
+    return SourcedRow(entry(Row(0, 0, shard, key, database.domain[key], 0)), (key,))
 
 
 def entry(row: Row) -> Entry:
@@ -434,7 +455,7 @@ def _check_end(state: State, *, every: bool) -> None:
         raise Wrong("", f"no relay is left for shard {min(missing)}")
     newest = {row.key: row.id for row in database.visible}
     for key, value in sorted(database.domain.items()):
-        if key in newest and dead.get((TYPE, key)) == newest[key]:
+        if (TYPE, key) in dead and dead[TYPE, key] == newest.get(key, 0):
             continue  # refused, and said so
         if database.lost_tail and value[1] < database.timeline and not (database.adoptions and key in retained):
             # Its last states may be lost below an anchor that is in place: that is said, and reconciling proves it.

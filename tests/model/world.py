@@ -45,6 +45,8 @@ class Database:
     """
 
     rows: tuple[Row, ...] = ()
+    # What the table held before there was an outbox.
+    before: tuple[tuple[str, tuple[int, int]], ...] = ()
     next_id: int = 1
     next_xid: int = 10
     completed: int = 9
@@ -84,7 +86,7 @@ class Database:
     @property
     def domain(self) -> dict[str, tuple[int, int]]:
         """The table of entities, as committed."""
-        return {key: value for commit in self.commits for key, value in commit.changes}
+        return dict(self.before) | {key: value for commit in self.commits for key, value in commit.changes}
 
     def head(self, position: Position) -> Head:
         """What the first statement of a batch answers."""
