@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LEAST_ROWS = 50
+LEAST_ROWS = 200
 
 
 class Pace:
@@ -29,7 +29,7 @@ class Pace:
         return max(1, min(self._rows, round(rate / 10)))
 
     def took(self, request: int, rows: int, seconds: float, rate: float | None, now: float) -> None:
-        """Tell what a page cost: how many rows it brought, and the seconds of reading and publishing it."""
+        """Tell what a page cost: how many rows it brought, and the seconds of what grows with them."""
         if rate is not None:
             self._due[request] = max(self._due.get(request, 0.0), now - seconds) + rows / rate
         if rows < self._rows:
