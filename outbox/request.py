@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -84,6 +85,7 @@ class Found:
     """What was read for `Wanted`: entries; of each entity its row, without a state where it is gone; a page.
 
     `more`: whether the source may go on after the page. `errors`: by type, why its source could not be read.
+    `elsewhere`: entities that were wanted and are another shard's.
     """
 
     retained: Sequence[Entry] = ()
@@ -92,3 +94,4 @@ class Found:
     paged: Page | None = None
     more: bool = False
     errors: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: AbstractSet[Entity] = frozenset()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from psycopg.types.json import Jsonb
@@ -81,7 +81,7 @@ def find(
     """Requests, of some kinds (None: all) or of one number, the oldest first."""
     s = quote(schema)
     rows = connection.execute(
-        f"""SELECT r.id, r.kind, r.arguments, r.requested_at, r.paused_at IS NOT NULL, r.cancelled_at IS NOT NULL,
+        f"""SELECT r.id, r.kind, r.arguments, date_part('epoch', r.requested_at), r.paused_at IS NOT NULL, r.cancelled_at IS NOT NULL,
                    coalesce((SELECT jsonb_object_agg(o.shard, o.outcome) FROM {s}.request_outcomes o
                              WHERE o.request = r.id), '{{}}')
             FROM {s}.requests r
@@ -91,7 +91,16 @@ def find(
         {"kinds": list(kinds) if kinds is not None else None, "number": number},
     ).fetchall()
     return [
-        Asked(one, kind, arguments, at, paused, cancelled, {int(shard): said for shard, said in outcomes.items()})
+        # As a number: psycopg reads a time in the ISO style alone, and a session may have another.
+        Asked(
+            one,
+            kind,
+            arguments,
+            datetime.fromtimestamp(at, UTC),
+            paused,
+            cancelled,
+            {int(shard): said for shard, said in outcomes.items()},
+        )
         for one, kind, arguments, at, paused, cancelled, outcomes in rows
     ]
 

@@ -218,7 +218,7 @@ class Shard:
                         else:
                             current.append(entity)  # it came from the source
                 elif request.kind == "publish":
-                    type_name, begin = request.arguments["type"], progress.get("rows", 0)
+                    type_name, begin = request.arguments["type"], progress.get("named", 0)
                     named = [(type_name, key) for key in request.arguments["keys"][begin : begin + KEYS]]
                     if type_name in types and types[type_name].source is not None:
                         current += named

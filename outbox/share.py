@@ -24,8 +24,9 @@ class Share:
     """What one request publishes with a batch: rows, in the order in which they are sent.
 
     `before` is how far the request was; `last`: whether it is over when all rows are. `left_out` are places of rows
-    that are not sent: the batch has an entry of the key, which says what it is as of the same snapshot. `named` are
-    the dead letters that the request means, `gone` the entities of which there is nothing to publish. `error`: why
+    that are not sent: the batch has an entry of the key, which says what it is as of the same snapshot, or there is
+    nothing to send; of those `elsewhere` are another shard's, and do not count. `named` are the dead letters that the
+    request means, `gone` the entities of which there is nothing to publish. `error`: why
     nothing can be read for it; the request is over.
     """
 
@@ -34,6 +35,7 @@ class Share:
     before: Progress
     last: bool
     left_out: AbstractSet[int] = frozenset()
+    elsewhere: AbstractSet[int] = frozenset()
     named: Sequence[Entity] = ()
     gone: Sequence[Entity] = ()
     error: str | None = None
@@ -51,8 +53,9 @@ class Share:
 
     def _partly(self, done: int, failed: AbstractSet[Entity]) -> dict[str, Any]:
         rows = self.rows[:done]
+        elsewhere = sum(place < done for place in self.elsewhere)
         so_far = {
-            "rows": self.before.get("rows", 0) + done,
+            "rows": self.before.get("rows", 0) + done - elsewhere,
             "refused": self.before.get("refused", 0) + sum(_entity(row.entry) in failed for row in rows),
         }
         if self.request.kind == "backfill":
@@ -62,7 +65,8 @@ class Share:
             for place, row in enumerate(rows)
         )
         gone = [*self.before.get("gone", ()), *map(list, self.gone)] if done == len(self.rows) else []
-        return {**so_far, "tombstones": self.before.get("tombstones", 0) + tombstones, "gone": gone[:_EXAMPLES]}
+        more = {"tombstones": self.before.get("tombstones", 0) + tombstones, "gone": gone[:_EXAMPLES]}
+        return {**so_far, **more, "named": self.before.get("named", 0) + done}
 
     def _outcome(self, failed: AbstractSet[Entity]) -> dict[str, Any]:
         # The position holds it: counts, and the first of those of which there was nothing.
@@ -79,7 +83,8 @@ class Share:
                 }
             case _:
                 so_far = self._partly(len(self.rows), failed) if self.rows else dict(self.before)
-                so_far.pop("after", None)
+                for where in ("after", "named"):
+                    so_far.pop(where, None)
                 error = {"error": self.error} if self.error is not None else {}
                 return {"rows": 0, "refused": 0, **so_far, **error}
 
@@ -88,7 +93,8 @@ def shares(batch: Batch, dead: Mapping[Entity, int]) -> list[Share]:
     """What the open requests publish with a batch that takes them; `dead`: of each dead letter the entry's id."""
     found = batch.found
     in_batch = {_entity(entry) for entry in batch.entries}
-    there = {_entity(entry): Row(entry) for entry in found.retained}
+    # The reader gives rows as they come, without names.
+    there = {_entity(entry): Row(Entry(*entry)) for entry in found.retained}
     there.update((_entity(row.entry), row) for row in found.current)
     left = dict(dead)
     taken: list[Share] = []
@@ -104,11 +110,12 @@ def shares(batch: Batch, dead: Mapping[Entity, int]) -> list[Share]:
             for entity in named:
                 del left[entity]
             wanted = named if request.kind == "retry" else []
-            taken.append(_named(request, before, wanted, there, in_batch, last=True, named=named))
+            taken.append(_named(request, before, wanted, there, in_batch, found.elsewhere, last=True, named=named))
         elif request.kind == "publish":
-            keys, begin = request.arguments["keys"], before.get("rows", 0)
+            keys, begin = request.arguments["keys"], before.get("named", 0)
             wanted = [(request.arguments["type"], key) for key in keys[begin : begin + KEYS]]
-            taken.append(_named(request, before, wanted, there, in_batch, last=begin + KEYS >= len(keys)))
+            last = begin + KEYS >= len(keys)
+            taken.append(_named(request, before, wanted, there, in_batch, found.elsewhere, last=last))
         elif found.paged is not None and found.paged.request == request.id:
             left_out = frozenset(n for n, row in enumerate(found.page) if _entity(row.entry) in in_batch)
             taken.append(Share(request, found.page, before, not found.more, left_out))
@@ -121,22 +128,26 @@ def _named(
     wanted: Iterable[Entity],
     there: Mapping[Entity, Row],
     in_batch: AbstractSet[Entity],
+    of_others: AbstractSet[Entity],
     *,
     last: bool,
     named: Sequence[Entity] = (),
 ) -> Share:
     rows: list[Row] = []
     left_out: set[int] = set()
+    elsewhere: set[int] = set()
     gone: list[Entity] = []
     for entity in wanted:
-        if entity in in_batch or entity not in there:
-            if entity not in in_batch:
+        if entity in of_others or entity in in_batch or entity not in there:
+            if entity in of_others:
+                elsewhere.add(len(rows))
+            elif entity not in in_batch:
                 gone.append(entity)
             left_out.add(len(rows))
             rows.append(Row(Entry(0, *entity, None, 0)))
         else:
             rows.append(there[entity])
-    return Share(request, rows, before, last, left_out, named, gone)
+    return Share(request, rows, before, last, left_out, elsewhere, named, gone)
 
 
 def _entity(entry: Entry) -> Entity:

@@ -21,7 +21,7 @@ from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.errors import ConfigError
 from outbox.key import MAX_KEY_BYTES
-from outbox.request import Found, Page, Row, Wanted
+from outbox.request import Entity, Found, Page, Row, Wanted
 from outbox.schema import literal, quote
 from outbox.source import Source, look
 
@@ -51,6 +51,10 @@ class Sources:
 
     def __init__(self, schema: str, *, shard: int, shards: int) -> None:
         self._of_shard = "" if shards == 1 else f"{quote(schema)}.shard_of(%(type)s, s.key::text) = {shard}"
+        self._not_mine = (
+            f"SELECT type, key FROM unnest(%s::text[], %s::text[]) AS w (type, key)"
+            f" WHERE {quote(schema)}.shard_of(type, key) <> {shard}"
+        ).encode()
         self._known: dict[str, Source] = {}
 
     def find(
@@ -61,9 +65,11 @@ class Sources:
         current: list[Row] = []
         page: Sequence[Row] = ()
         more = False
+        elsewhere = self._elsewhere(connection, [*wanted.current, *wanted.retained])
         by_type: dict[str, list[str]] = defaultdict(list)
         for name, key in wanted.current:
-            by_type[name].append(key)
+            if (name, key) not in elsewhere:
+                by_type[name].append(key)
         if wanted.current or wanted.page:
             _prepare(connection)
         for name, keys in by_type.items():
@@ -77,7 +83,14 @@ class Sources:
                 page, more = self._page(connection, self._source(connection, name, types), wanted.page)
             except _UnreadableError as error:
                 errors[name] = str(error)
-        return Found(retained, current, page, wanted.page, more, errors)
+        return Found(retained, current, page, wanted.page, more, errors, elsewhere)
+
+    def _elsewhere(self, connection: Connection, entities: Sequence[Entity]) -> set[Entity]:
+        """Which of some entities are another shard's."""
+        if not (self._of_shard and entities):
+            return set()
+        names, keys = zip(*entities, strict=True)
+        return {(name, key) for name, key in connection.execute(self._not_mine, [list(names), list(keys)])}
 
     def _source(self, connection: Connection, name: str, types: Mapping[str, EntityType]) -> Source:
         entity_type = types.get(name)

@@ -17,7 +17,8 @@ import pytest
 
 from consume import entry_id, live, records
 from devstack.kafka import Kafka
-from outbox import requests
+from outbox import capture, requests
+from outbox.capture import Capture
 from relays import RelayProcess, environment, eventually, must, outbox
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
@@ -279,3 +280,121 @@ def test_a_backfill_under_writers_with_the_relay_killed_is_exact(owner: Owner) -
         assert version >= versions.get(record.key, 0), record
         versions[record.key] = version
     assert live(owner.kafka, owner.topic).json == owner.table()
+
+
+def outbox_replay(owner: Owner, *arguments: str) -> Any:
+    return orjson.loads(must(owner.env, "replay", "--type", "customer", *arguments, "--json"))
+
+
+def test_a_captured_table_is_backfilled_with_the_bytes_that_its_trigger_writes(owner: Owner) -> None:
+    """Its source is derived, and run under the trigger's settings, whatever the session's are."""
+    owner.sql(
+        "DROP TABLE customer",
+        "CREATE TABLE customer (a text, b date, weight float8, at timestamptz, raw bytea, PRIMARY KEY (a, b))",
+        r"INSERT INTO customer SELECT 'x:' || n, '2026-01-31', n / 3.0, '2026-01-31 12:00+05', '\x00ff'"
+        " FROM generate_series(1, 5) n",
+    )
+    owner.add_type(None)
+    with psycopg.connect(owner.url) as connection:
+        for statement in capture.statements(Capture("customer", "customer", key=("a", "b")), existing_rows=True):
+            connection.execute(statement.encode())
+    with psycopg.connect(owner.url, autocommit=True) as connection:
+        name = connection.info.dbname
+        connection.execute(f"ALTER DATABASE {name} SET datestyle = 'German'".encode())
+        connection.execute(f"ALTER DATABASE {name} SET timezone = 'Asia/Tokyo'".encode())
+    with owner.relay():
+        eventually(lambda: len(records(owner.kafka, owner.topic)) == 5)
+        assert owner.outcome(owner.ask()) == {"rows": 5, "refused": 0}
+    found = records(owner.kafka, owner.topic)
+    triggered = {record.key: record.value for record in found if entry_id(record)}
+    assert {record.key: record.value for record in found if not entry_id(record)} == triggered
+    assert len(triggered) == 5
+
+
+@pytest.fixture
+def replayed(owner: Owner) -> Owner:
+    """Entries 1 to 5 of keys 1 to 5, published; then key 2 is changed and key 3 deleted, published as well."""
+    owner.add_type()
+    owner.sql(
+        "SELECT outbox.put('customer', n::text, to_jsonb(c)) FROM generate_series(1, 5) n, customer c WHERE c.id = n"
+    )
+    owner.sql(
+        "UPDATE customer SET version = 2 WHERE id = 2",
+        "SELECT outbox.put('customer', '2', to_jsonb(c)) FROM customer c WHERE id = 2",
+        "DELETE FROM customer WHERE id = 3",
+        "SELECT outbox.delete('customer', '3')",
+    )
+    must(owner.env, "relay", "--until-caught-up")
+    return owner
+
+
+def again(owner: Owner, before: int) -> dict[str, Any]:
+    """What was published since the first so many records, by key."""
+    found = sorted(records(owner.kafka, owner.topic), key=lambda record: record.timestamp_ms)[before:]
+    return {(r.key or b"").decode(): orjson.loads(r.value) if r.value else None for r in found}
+
+
+@pytest.mark.parametrize(
+    ("selector", "keys"),
+    [
+        ([], {"1", "2", "3", "4", "5"}),
+        (["--key", "1", "--key", "3"], {"1", "3"}),
+        (["--id", "2:3"], {"2", "3"}),
+        (["--id", "6:"], {"2", "3"}),
+        (["--since", "2020-01-01"], {"1", "2", "3", "4", "5"}),
+        (["--until", "2020-01-01"], set()),
+        (["--key", "5000"], {"5000"}),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_a_replay_publishes_the_chosen_keys_as_the_table_has_them(
+    replayed: Owner, selector: list[str], keys: set[str]
+) -> None:
+    """By key, id, time; a dry run counts and asks for nothing."""
+    before = len(records(replayed.kafka, replayed.topic))
+    assert outbox_replay(replayed, *selector, "--dry-run")["keys"] == len(keys)
+    with replayed.relay():
+        assert outbox_replay(replayed, *selector).get("rows", 0) == len(keys)
+    found = again(replayed, before)
+    assert set(found) == keys
+    assert {key: state for key, state in found.items() if state} == {
+        key: state for key, state in replayed.table().items() if key in keys
+    }
+
+
+def test_a_replay_without_a_source_publishes_the_last_retained_entry(owner: Owner) -> None:
+    """Never the one that was chosen, if there is a newer; what is not retained is said."""
+    owner.add_type(None)
+    owner.sql(
+        """SELECT outbox.put('customer', '1', '{"v": 1}')""",
+        """SELECT outbox.put('customer', '2', '{"v": 1}')""",
+        """SELECT outbox.put('customer', '1', '{"v": 2}')""",
+    )
+    must(owner.env, "relay", "--until-caught-up")
+    with owner.relay():
+        assert outbox_replay(owner, "--id", "1:1")["rows"] == 1
+        assert outbox_replay(owner, "--key", "2", "--key", "gone")["not_retained"] == ["gone"]
+    found = [((r.key or b"").decode(), orjson.loads(r.value or b"")["v"]) for r in records(owner.kafka, owner.topic)]
+    assert sorted(found) == [("1", 2), ("1", 2), ("2", 1), ("2", 1)]
+
+
+def test_of_several_shards_each_publishes_its_own_keys(
+    make_outbox: Callable[..., str], outbox_name: str, kafka: Kafka, tmp_path: Path
+) -> None:
+    """A backfill and named keys: every row once, counted once."""
+    url = make_outbox(shards=2)
+    owner = Owner(url, outbox_name, environment(url, kafka.bootstrap), kafka, tmp_path)
+    owner.sql(
+        "CREATE TABLE customer (id bigint PRIMARY KEY, name text, version int NOT NULL DEFAULT 1)",
+        "INSERT INTO customer SELECT n, 'customer ' || n FROM generate_series(1, 1000) n",
+    )
+    owner.add_type()
+    with owner.relay(), RelayProcess({**owner.env, "OUTBOX_SHARD": "1"}, tmp_path / "second.log") as second:
+        second.wait_event("relay.holds")
+        assert outbox_json(owner, "start", "customer", "--watch")["rows"] == 1000
+        assert len(records(kafka, owner.topic)) == 1000
+        assert outbox_replay(owner, "--key", "1", "--key", "2", "--key", "3", "--key", "4", "--key", "x") == {
+            "entries": 0, "rows": 5, "refused": 0, "tombstones": 1, "not_retained": [],
+        }  # fmt: skip
+        assert second.stop() == 0
+    assert len(records(kafka, owner.topic)) == 1005

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from datetime import UTC
 
 import click
 
@@ -12,14 +11,13 @@ from outbox import backfill, requests
 from outbox.backfill import Progress
 from outbox.config import Config
 from outbox.database import Connection
-from outbox.entity_type import EntityType
-from outbox.entity_types import read_types
-from outbox.errors import ConfigError, UnknownTypeError
+from outbox.errors import ConfigError
 from outbox.requests import Asked
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Settings,
     fail,
+    find_type,
     json_option,
     outbox_row,
     print_json,
@@ -60,7 +58,7 @@ def start(
     with settings.connect() as connection:
         config = settings.needs_kafka() if watch else settings.config
         name, shards = outbox_row(connection, config.schema)
-        entity_type = _type(connection, config, type_name)
+        entity_type = find_type(connection, config.schema, type_name)
         if keys:
             total = backfill.named(connection, entity_type, keys)
         else:
@@ -89,13 +87,6 @@ def start(
                 click.echo(f"request {number}: {total:,} rows. See: outbox backfill watch {number}")
             return
         _watch(config, connection, name, shards, number, as_json)
-
-
-def _type(connection: Connection, config: Config, name: str) -> EntityType:
-    for entity_type in read_types(connection, config.schema):
-        if entity_type.name == name:
-            return entity_type
-    raise UnknownTypeError(f'There is no entity type "{name}".', cure="See them: outbox types list.")
 
 
 def _progress(config: Config, name: str, asked: Asked) -> Progress:
@@ -134,7 +125,7 @@ def list_(settings: Settings, as_json: bool) -> None:
                 f"{done.rows:,}",
                 "?" if one.arguments.get("total") is None else f"{one.arguments['total']:,}",
                 done.refused,
-                one.requested_at.astimezone(UTC).isoformat(" ", "seconds"),
+                one.requested_at.isoformat(" ", "seconds"),
                 done.error or "",
             )
             for one, done in rows
@@ -153,7 +144,7 @@ def _as_json(asked: Asked, done: Progress, shards: int) -> dict[str, object]:
         "total": asked.arguments.get("total"),
         "refused": done.refused,
         "error": done.error,
-        "requested_at": asked.requested_at.astimezone(UTC).isoformat(timespec="seconds"),
+        "requested_at": asked.requested_at.isoformat(timespec="seconds"),
     }
 
 

@@ -29,6 +29,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "migrate": ("migrate", "Make or upgrade the outbox in a database without Alembic."),
     "prune": ("prune", "Empty the ring slots that nothing needs any more."),
     "relay": ("relay", "Publish entries until stopped."),
+    "replay": ("replay", "Publish chosen keys again, as they are now."),
     "revision": ("revision", "Write an Alembic revision into the service's versions folder."),
     "status": ("status", "Show backlog, totals, dead letters and the ring."),
     "topics": ("topics", "Compare the topics with what is declared, and mend them."),

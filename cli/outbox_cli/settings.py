@@ -16,7 +16,8 @@ from click.shell_completion import CompletionItem
 
 from outbox.config import FILE_NAME, Config, Resolved, resolve
 from outbox.database import Connection, connect, connect_as, place, translated
-from outbox.errors import ConfigError, OutboxError, WrongOutboxError
+from outbox.entity_type import EntityType
+from outbox.errors import ConfigError, OutboxError, UnknownTypeError, WrongOutboxError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -137,6 +138,16 @@ def outbox_row(connection: Connection, schema: str) -> tuple[str, int]:
     return str(row[0]), int(row[1])
 
 
+def find_type(connection: Connection, schema: str, name: str) -> EntityType:
+    """An entity type by its name; `UnknownTypeError` when there is none."""
+    from outbox.entity_types import read_types
+
+    for entity_type in read_types(connection, schema):
+        if entity_type.name == name:
+            return entity_type
+    raise UnknownTypeError(f'There is no entity type "{name}".', cure="See them: outbox types list.")
+
+
 def with_settings(function: F) -> F:
     """Give a command the global flags after it too, and hand it the `Settings` first."""
 
@@ -230,6 +241,7 @@ __all__ = [
     "Settings",
     "confirm",
     "fail",
+    "find_type",
     "json_option",
     "outbox_row",
     "print_json",
