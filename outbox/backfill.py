@@ -31,11 +31,10 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a request is, over all shards. `shards_done` of them are; `error`: why one of them ended early."""
+    """How far a request is, over all shards. `error`: why one of them ended early."""
 
     rows: int
     refused: int
-    shards_done: int
     error: str | None
 
 
@@ -130,17 +129,14 @@ def start(
 
 def progress(asked: Asked, positions: Sequence[Position | None]) -> Progress:
     """How far a request is, by what the positions say, or, of shards that are through with it, the control table."""
-    rows = refused = done = 0
+    rows = refused = 0
     error: str | None = None
     for shard, position in enumerate(positions):
         said: Mapping[str, Any] = asked.outcomes.get(shard) or {}
         if not said and position is not None:
             said = position.requests.get(str(asked.id), {})
             said = said.get("done", said)
-            done += "done" in position.requests.get(str(asked.id), {})
-        elif said:
-            done += 1
         rows += said.get("rows", 0)
         refused += said.get("refused", 0)
         error = error or said.get("error")
-    return Progress(rows, refused, done, error)
+    return Progress(rows, refused, error)

@@ -81,7 +81,8 @@ def find(
     """Requests, of some kinds (None: all) or of one number, the oldest first."""
     s = quote(schema)
     rows = connection.execute(
-        f"""SELECT r.id, r.kind, r.arguments, date_part('epoch', r.requested_at), r.paused_at IS NOT NULL, r.cancelled_at IS NOT NULL,
+        f"""SELECT r.id, r.kind, r.arguments, date_part('epoch', r.requested_at), r.paused_at IS NOT NULL,
+                   r.cancelled_at IS NOT NULL,
                    coalesce((SELECT jsonb_object_agg(o.shard, o.outcome) FROM {s}.request_outcomes o
                              WHERE o.request = r.id), '{{}}')
             FROM {s}.requests r

@@ -215,7 +215,8 @@ def _watch(config: Config, connection: Connection, name: str, shards: int, numbe
             # Rows that were written since the count are no reason for a bar that is over too early.
             bar.length = max(total or 0, done.rows)
             bar.update(done.rows - bar.pos)
-            if asked.state(shards) != "running" or done.shards_done >= shards:
+            # Not by the position: another may be asked for once the control table has been told.
+            if asked.state(shards) != "running":
                 break
             time.sleep(_LOOK_SECONDS)
     if as_json:
@@ -226,8 +227,7 @@ def _watch(config: Config, connection: Connection, name: str, shards: int, numbe
             cure="Mend the source (outbox types change TYPE --source ...) and start it again.",
         )
     else:
-        state = "done" if done.shards_done >= shards else asked.state(shards)
         refused = f", {done.refused} refused (see: outbox dead-letters list)" if done.refused else ""
-        click.echo(f"{state}: {done.rows:,} rows{refused}")
+        click.echo(f"{asked.state(shards)}: {done.rows:,} rows{refused}")
     if done.refused or done.error is not None:
         fail(1)
