@@ -67,6 +67,10 @@ class Source:
         condition = f" WHERE {' AND '.join(conditions)}" if conditions else ""
         return f"{self._select(bare=bare)}{condition} ORDER BY {self._order} LIMIT %(rows)s"
 
+    def every(self) -> str:
+        """The query of all rows, in no order, with the columns of `page`."""
+        return self._select(bare=False)
+
     def rows_of(self, *, bare: bool = False) -> str:
         """The query of the rows of some keys, with the columns of `page`; see `looked_up` for what is given to it."""
         made_of = self.made_of

@@ -85,6 +85,21 @@ def read_last(bootstrap: str, passthrough: Mapping[str, str], topic: str, partit
     return None
 
 
+def bounds(bootstrap: str, passthrough: Mapping[str, str], topic: str) -> tuple[dict[int, int], dict[int, int]]:
+    """Of each partition the first offset, and the one below which everything is committed."""
+    with _admin(bootstrap, passthrough) as admin:
+        partitions = _partitions(admin, topic)
+        ends = _offsets(admin, topic, partitions, _LATEST)
+        return _offsets(admin, topic, partitions, _EARLIEST), ends
+
+
+def read_between(
+    bootstrap: str, passthrough: Mapping[str, str], topic: str, starts: Mapping[int, int], ends: Mapping[int, int]
+) -> Iterator[Record]:
+    """Read a topic's partitions from offsets up to offsets; see `bounds`."""
+    yield from _read(bootstrap, passthrough, topic, {p: o for p, o in starts.items() if o < ends[p]}, ends)
+
+
 def unmarked(bootstrap: str, passthrough: Mapping[str, str], topic: str, partition: int) -> int:
     """How many offsets at the end of a partition belong to transactions that are neither committed nor aborted."""
     with _admin(bootstrap, passthrough) as admin:

@@ -1,0 +1,123 @@
+"""`outbox reconcile`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from outbox import requests
+from outbox.config import Config
+from outbox.database import Connection
+from outbox.errors import ConfigError, NoRelayError, OutboxError
+from outbox_cli.settings import (
+    ENTITY_TYPE,
+    Seconds,
+    Settings,
+    fail,
+    find_type,
+    json_option,
+    outbox_row,
+    print_json,
+    printable,
+    with_settings,
+)
+
+if TYPE_CHECKING:
+    from outbox.reconcile import Comparison, Report
+
+DIFFERENT, NOT_TOLD = 1, 2
+KINDS = ("missing", "stale", "orphaned", "undecodable")
+
+
+@click.command(epilog="Example: outbox reconcile customer --repair")
+@click.argument("type_name", metavar="TYPE", type=ENTITY_TYPE)
+@click.option("--repair", is_flag=True, help="Have the relay publish the keys that differ, and compare again.")
+@click.option(
+    "--timeout",
+    type=Seconds(0, 86_400),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for the relay to publish what is committed.",
+)
+@json_option
+@with_settings
+def command(settings: Settings, type_name: str, repair: bool, timeout: float, as_json: bool) -> None:
+    """Compare the topic of an entity type with its source, key by key. Exit 0: equal, 1: different, 2: could not tell.
+
+    Both may change meanwhile: a key that is on its way is looked at again.
+    """
+    from outbox.reconcile import Reconciler, comparison
+
+    try:
+        config = settings.needs_kafka()
+        with settings.connect() as connection, comparison() as found:
+            name, shards = outbox_row(connection, config.schema)
+            entity_type = find_type(connection, config.schema, type_name)
+
+            def compare() -> Report:
+                reconciler = Reconciler(
+                    config, connection, entity_type, name=name, shards=shards, told=_told(), seconds=timeout
+                )
+                return reconciler.run(found)
+
+            report = compare()
+            if repair and report.different:
+                _repair(config, connection, shards, type_name, found, timeout)
+                before, report = report, compare()
+                click.echo(f"{before.different:,} keys were handed to the relay.", err=True)
+    except OutboxError as error:
+        click.echo(f"error: {error}", err=True)
+        fail(NOT_TOLD)
+    _show(report, as_json=as_json)
+    if report.different:
+        fail(DIFFERENT)
+    if report.moving:
+        fail(NOT_TOLD)
+
+
+def _repair(
+    config: Config, connection: Connection, shards: int, type_name: str, found: Comparison, timeout: float
+) -> None:
+    """Hand the keys that differ to the relay: it reads each anew, in the snapshot of its batch."""
+    for keys in found.different():
+        number = requests.ask(connection, config.schema, "publish", {"type": type_name, "keys": keys})
+        outcomes = requests.wait_for(connection, config.schema, number, shards, seconds=timeout, on_wait=lambda: None)
+        if outcomes is None:
+            raise NoRelayError(
+                f"Request {number} is written, but no relay has done it in {timeout:g} s.",
+                cure="It will be done when a relay runs: outbox relay. See outbox status.",
+            )
+        for outcome in outcomes.values():
+            if "error" in outcome:
+                raise ConfigError(
+                    f"The keys that differ could not be repaired: {outcome['error']}.",
+                    cure="Mend the source: outbox types change TYPE --source ...",
+                )
+
+
+def _told() -> Callable[[str, int, int | None], None]:
+    """A line on a terminal, written over and over; elsewhere nothing."""
+    if not sys.stderr.isatty():
+        return lambda _what, _done, _of: None
+
+    def tell(what: str, done: int, of: int | None) -> None:
+        share = f" of {of:,}" if of is not None else ""
+        click.echo(f"\r\x1b[Kreading the {what}: {done:,}{share}", nl=False, err=True)
+
+    return tell
+
+
+def _show(report: Report, *, as_json: bool) -> None:
+    if sys.stderr.isatty():
+        click.echo("\r\x1b[K", nl=False, err=True)
+    counts = {kind: getattr(report, kind) for kind in ("equal", *KINDS, "moving")}
+    if as_json:
+        print_json({**counts, "examples": report.examples})
+        return
+    click.echo(", ".join(f"{kind}: {count:,}" for kind, count in counts.items() if count or kind == "equal"))
+    for kind, keys in report.examples.items():
+        for key in keys:
+            click.echo(f"{kind}: {printable(key)}")

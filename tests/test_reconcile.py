@@ -1,0 +1,146 @@
+"""Reconcile: every kind of difference is found and mended, and what is on its way is none."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psycopg
+import pytest
+from confluent_kafka import Producer
+
+from consume import live
+from devstack.kafka import Kafka
+from outbox.canonical import json_digest
+from relays import RelayProcess, environment, eventually, must, outbox
+from test_backfill import Owner
+
+pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (b'{"a": 1, "b": [true, null]}', b'{"b":[true,null],"a":1}'),
+        (b'{"a": 1.0, "b": 1e2}', b'{"a": 1, "b": 100}'),
+        (b'{"a": 0.10, "b": -0}', b'{"a": 0.1, "b": 0}'),
+        (b"[12345678901234567890123]", b"[12345678901234567890123.0]"),
+        ('"Zoë"'.encode(), b'"Zo\\u00eb"'),
+    ],
+)
+def test_texts_of_one_value_have_one_digest(one: bytes, other: bytes) -> None:
+    """Key order, spaces, escapes and number form say nothing."""
+    assert json_digest(one) == json_digest(other) is not None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (b"1", b"2"),
+        (b"1", b'"1"'),
+        (b"0.1", b"0.10000000000000001"),
+        (b"12345678901234567890123", b"12345678901234567890124"),
+        (b"[1,2]", b"[2,1]"),
+        (b"1.5", b'{"\\\\u0000number": "1.5"}'),
+        (b"null", b"false"),
+    ],
+)
+def test_different_values_have_different_digests(one: bytes, other: bytes) -> None:
+    """Exactly, however long the numbers."""
+    assert json_digest(one) != json_digest(other)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"NaN", b"\xff", b"\x00rubbish", b"[" * 100_000])
+def test_what_is_no_json_has_none(text: bytes) -> None:
+    """It is told from a value that differs."""
+    assert json_digest(text) is None
+
+
+@pytest.fixture
+def owner(make_outbox: Callable[..., str], outbox_name: str, kafka: Kafka, tmp_path: Path) -> Iterator[Owner]:
+    """A service whose table was backfilled, and a relay that runs."""
+    url = make_outbox()
+    made = Owner(url, outbox_name, environment(url, kafka.bootstrap), kafka, tmp_path)
+    made.sql(
+        "CREATE TABLE customer (id bigint PRIMARY KEY, name text, version numeric NOT NULL DEFAULT 1.0)",
+        "INSERT INTO customer SELECT n, 'customer ' || n FROM generate_series(1, 3000) n",
+        """CREATE FUNCTION change(one bigint) RETURNS void LANGUAGE sql AS $$
+               UPDATE customer SET version = version + 1 WHERE id = one;
+               SELECT outbox.put('customer', one::text, to_jsonb(c)) FROM customer c WHERE id = one $$""",
+    )
+    made.add_type()
+    with RelayProcess(made.env, tmp_path / "relay.log") as relay:
+        relay.wait_event("relay.holds")
+        must(made.env, "backfill", "start", "customer", "--watch")
+        yield made
+
+
+def reconcile(owner: Owner, *options: str) -> tuple[int, dict[str, Any]]:
+    done = outbox(owner.env, "reconcile", "customer", *options, "--json", seconds=120)
+    assert done.stdout, done.stderr
+    return done.returncode, orjson.loads(done.stdout)
+
+
+def test_what_is_equal_is_told_with_its_count(owner: Owner) -> None:
+    """The topic has what the backfill published."""
+    code, found = reconcile(owner)
+    assert (code, found["equal"], found["moving"]) == (0, 3000, 0)
+    assert not any(found[kind] for kind in ("missing", "stale", "orphaned", "undecodable"))
+
+
+def test_each_kind_of_difference_is_found_and_repaired_and_nothing_else(owner: Owner) -> None:
+    """Planted by somebody who writes to the topic by hand."""
+    by_hand = Producer({"bootstrap.servers": owner.kafka.bootstrap, "partitioner": "murmur2_random"})
+    for key, value in {"7": None, "8": None, "9": b'{"id": 9}', "10": b"\x00rubbish", "extra": b"{}"}.items():
+        by_hand.produce(owner.topic, value, key.encode(), headers=[("outbox-id", b"0")])
+    assert by_hand.flush(30) == 0
+    code, found = reconcile(owner)
+    assert code == 1
+    assert found["examples"] == {
+        "missing": ["7", "8"], "stale": ["9"], "undecodable": ["10"], "orphaned": ["extra"],
+    }  # fmt: skip
+    assert found["equal"] == 2996
+    code, found = reconcile(owner, "--repair")
+    assert (code, found["equal"], found["examples"]) == (0, 3000, {})
+    assert live(owner.kafka, owner.topic).json == owner.table()
+
+
+def test_under_writers_no_false_difference_is_reported(owner: Owner) -> None:
+    """Hot keys among them: what never holds still is told as that, and what is on its way is looked at again."""
+    stop = threading.Event()
+
+    def write(seed: int) -> None:
+        with psycopg.connect(owner.url, autocommit=True) as connection:
+            number = seed
+            while not stop.is_set():
+                number = (number * 48271) % 2147483647
+                connection.execute("SELECT change(%s)", [1 + number % (20 if number % 2 else 3000)])
+
+    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(1, 5)]
+    for one in writers:
+        one.start()
+    try:
+        for _ in range(5):
+            code, found = reconcile(owner)
+            assert not any(found[kind] for kind in ("missing", "stale", "orphaned", "undecodable")), found
+            assert (code == 0) == (not found["moving"])
+            assert found["moving"] <= 20
+    finally:
+        stop.set()
+        for one in writers:
+            one.join()
+    eventually(lambda: reconcile(owner)[0] == 0)
+
+
+def test_what_cannot_be_told_is_exit_code_2(owner: Owner, tmp_path: Path) -> None:
+    """No relay publishes what is committed; no source."""
+    with psycopg.connect(owner.url) as connection:
+        connection.execute("SELECT change(1)")
+        waited = outbox(owner.env, "reconcile", "customer", "--timeout", "5")
+        assert waited.returncode == 0, waited.stderr  # not committed: nothing to wait for
+    must(owner.env, "types", "add", "other", "--topic", f"{owner.name}.other")
+    told = outbox(owner.env, "reconcile", "other")
+    assert (told.returncode, "has no source" in told.stderr) == (2, True)
