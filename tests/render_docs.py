@@ -110,8 +110,11 @@ def command_line() -> str:
         if isinstance(error, type) and issubclass(error, errors.OutboxError):
             by_code.setdefault(error.exit_code, []).append((error.__doc__ or "").splitlines()[0].rstrip("."))
     by_code[0] = ["Done"]
-    by_code[1] = ["An error without a code of its own; for `topics check` and `topics apply`: a difference is left"]
-    by_code[2] = ["The command line was not understood, or there was no terminal to ask on"]
+    by_code[1] = [
+        "An error without a code of its own; for `topics check`, `topics apply` and `reconcile`: a difference is "
+        "left; for `backfill watch`: rows were refused"
+    ]
+    by_code[2] = ["The command line was not understood, or there was no terminal to ask on; `reconcile` could not tell"]
     by_code[70] = ["Something unexpected; `--debug` shows the traceback"]
     by_code[74] = ["The output cannot be written"]
     by_code[143] = ["A second SIGTERM: stopped at once"]
