@@ -111,8 +111,8 @@ def command_line() -> str:
             by_code.setdefault(error.exit_code, []).append((error.__doc__ or "").splitlines()[0].rstrip("."))
     by_code[0] = ["Done"]
     by_code[1] = [
-        "An error without a code of its own; for `topics check`, `topics apply` and `reconcile`: a difference is "
-        "left; for `backfill watch`: rows were refused"
+        "An error without a code of its own; a difference is left (`topics check`, `topics apply`, `reconcile`)",
+        "rows were refused (`backfill watch`)",
     ]
     by_code[2] = ["The command line was not understood, or there was no terminal to ask on; `reconcile` could not tell"]
     by_code[70] = ["Something unexpected; `--debug` shows the traceback"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,14 @@ import pytest
 
 from consume import entry_id, live, records
 from devstack.kafka import Kafka
-from outbox import capture, requests
+from outbox import capture, reader, requests
 from outbox.capture import Capture
+from outbox.config import Config
+from outbox.kafka.reader import Record
+from outbox.relay import Relay
+from outbox.request import Found
+from outbox.sourced import Sources
+from outbox.wake import Wake
 from relays import RelayProcess, environment, eventually, must, outbox
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
@@ -271,15 +278,68 @@ def test_a_backfill_under_writers_with_the_relay_killed_is_exact(owner: Owner) -
                 one.join()
         assert relay.stop() == 0
     must(owner.env, "relay", "--until-caught-up")
-    found = records(owner.kafka, owner.topic)
-    backfilled = [record.key for record in found if entry_id(record) == 0]
-    assert len(backfilled) == len(set(backfilled))
+    assert wrong_in(records(owner.kafka, owner.topic)) == []
+    assert live(owner.kafka, owner.topic).json == owner.table()
+
+
+def wrong_in(found: Sequence[Record]) -> list[str]:
+    """What a consumer must not see: a key backfilled twice, a version that goes back."""
+    backfilled = Counter(record.key for record in found if entry_id(record) == 0)
+    wrong = [f"{key!r} is backfilled {times} times" for key, times in backfilled.items() if times > 1]
     versions: dict[bytes | None, int] = {}
     for record in found:
         version = orjson.loads(record.value or b"{}")["version"]
-        assert version >= versions.get(record.key, 0), record
+        if version < versions.get(record.key, 0):
+            wrong.append(f"version {version} of {record.key!r} follows {versions[record.key]}")
         versions[record.key] = version
-    assert live(owner.kafka, owner.topic).json == owner.table()
+    return wrong
+
+
+class Early(Sources):
+    """A wrong way: its page is of an earlier snapshot than the batch that it is published with."""
+
+    meanwhile: Callable[[], None]
+
+    def find(self, *arguments: Any) -> Found:
+        found = super().find(*arguments)
+        if found.paged is None:
+            return found
+        if not hasattr(self, "_early"):
+            self._early, self._calls = found, 0
+            type(self).meanwhile()
+        self._calls += 1
+        # A batch without rows, one with the change that was made meanwhile, and then the page.
+        return self._early if self._calls == 3 else replace(found, page=(), more=True)
+
+
+def test_wrong_a_page_of_another_snapshot_is_seen_by_the_same_judge(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a relay would do that reads the table apart from the batch."""
+    owner.sql("DELETE FROM customer WHERE id > 100")
+    owner.add_type()
+    monkeypatch.setattr(
+        Early,
+        "meanwhile",
+        lambda: owner.sql(
+            "UPDATE customer SET version = 2 WHERE id = 7",
+            "SELECT outbox.put('customer', '7', to_jsonb(c)) FROM customer c WHERE id = 7",
+        ),
+        raising=False,
+    )
+    monkeypatch.setattr(reader, "Sources", Early)
+    owner.ask()
+    config = Config(database_url=owner.url, kafka_bootstrap_servers=owner.kafka.bootstrap, replication_factor=1)
+    wake = Wake()
+    relay = threading.Thread(target=Relay(config, wake=wake).run)
+    relay.start()
+    try:
+        eventually(lambda: len(records(owner.kafka, owner.topic)) == 101)
+    finally:
+        wake.set()
+        relay.join()
+        wake.close()
+    assert wrong_in(records(owner.kafka, owner.topic)) == ["version 1 of b'7' follows 2"]
 
 
 def outbox_replay(owner: Owner, *arguments: str) -> Any:
