@@ -54,10 +54,16 @@ def check(connection: Connection, entity_type: EntityType, *, where: str | None 
                 f'The source of "{entity_type.name}" cannot be read: {error.diag.message_primary or error}.',
                 cure="Correct the source (outbox types change TYPE --source ...) or the condition (--where).",
             ) from error
-    rows, nulls, twice, examples = row or (0, 0, 0, None)
-    if nulls or twice:
+    rows, nulls, others, twice, examples = row or (0, 0, 0, 0, None)
+    if nulls or others or twice:
         shown = f": {', '.join(map(str, examples))}" if examples else ""
-        what = f"{nulls} rows without a key" if nulls else f"{twice} rows with the key of another{shown}"
+        columns = ", ".join(column.name for column in found.order)
+        if nulls:
+            what = f"{nulls} rows without a key, or with a null in what it is made of ({columns})"
+        elif others:
+            what = f"{others} rows whose key is not made of {columns}, as the texts of these joined with colons{shown}"
+        else:
+            what = f"{twice} rows with the key of another{shown}"
         raise ConfigError(
             f'The source of "{entity_type.name}" has {what}.',
             cure="Each entity has one row in it: correct the source, for instance by a condition or a GROUP BY.",
@@ -88,9 +94,10 @@ def _survey(found: Source, where: str | None) -> str:
     condition = f" WHERE ({where}\n)" if where is not None else ""
     # In the order of the index, so that equal keys stand beside each other and nothing is sorted.
     return (
-        f"SELECT count(*), count(*) FILTER (WHERE key IS NULL), count(*) FILTER (WHERE again),"
-        f" (array_agg(key) FILTER (WHERE again))[1:{_EXAMPLES}] FROM ("
-        f"SELECT s.key::text AS key, ROW({order}) = lag(ROW({order})) OVER (ORDER BY {order}) AS again"
+        "SELECT count(*), count(*) FILTER (WHERE key IS NULL OR made IS NULL), count(*) FILTER (WHERE key <> made),"
+        f" count(*) FILTER (WHERE again), (array_agg(key) FILTER (WHERE again OR key <> made))[1:{_EXAMPLES}] FROM ("
+        f"SELECT s.key::text AS key, {found.key_made} AS made,"
+        f" ROW({order}) = lag(ROW({order})) OVER (ORDER BY {order}) AS again"
         f" FROM (\n{found.query}\n) AS s{condition}) AS surveyed"
     )
 

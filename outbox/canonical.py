@@ -35,7 +35,7 @@ def json_digest(text: bytes) -> bytes | None:
             pass  # it may be more than orjson takes: nested deeply, a lone surrogate
     try:
         value = _plain(json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse))
-    except (ValueError, RecursionError):
+    except (ValueError, ArithmeticError, RecursionError):
         return None
     try:
         return digest(orjson.dumps(value, option=orjson.OPT_SORT_KEYS))

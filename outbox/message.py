@@ -122,8 +122,11 @@ def messages(
 def _own(text: str) -> list[tuple[str, str | bytes | None]]:
     # The table allows any JSON object; writers refuse what is no string and the relay's own names, a hand-written
     # INSERT may not. A number that no double holds, or a thousand levels, cannot be read at all: a ValueError.
+    found = orjson.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("they are no JSON object")  # noqa: TRY004  as for all that cannot be read
     return [
         (name, value.encode() if isinstance(value, str) else orjson.dumps(value))
-        for name, value in orjson.loads(text).items()
+        for name, value in found.items()
         if name not in _OWN_NAMES
     ]

@@ -7,6 +7,7 @@ the batch's own entries, with how far the requests are.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,8 @@ from outbox.collapse import collapse
 from outbox.dead_letter import DeadLetter
 from outbox.message import Message, Unpublishable, messages
 from outbox.position import Position, Totals
-from outbox.request import Entity
-from outbox.share import shares
+from outbox.request import DEAD_LETTERS, Entity
+from outbox.share import Share, shares
 
 _ID = itemgetter(0)
 _TYPE = itemgetter(1)
@@ -59,10 +60,20 @@ class Plan:
     """One batch made ready, and how much of it is done.
 
     Take `part(size)`, commit it, tell `done(part)`; or `refuse` messages of it and take it again. `dead` maps each
-    entity that has a dead letter to the id of its entry; `limits` each topic to its `max.message.bytes`.
+    entity that has a dead letter to the id of its entry; `limits` each topic to its `max.message.bytes`. With more than
+    `most_dead` dead letters a request ends instead.
     """
 
-    def __init__(self, batch: Batch, limits: Mapping[str, int], dead: Mapping[Entity, int], *, now_ms: int) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        limits: Mapping[str, int],
+        dead: Mapping[Entity, int],
+        *,
+        now_ms: int,
+        most_dead: int = sys.maxsize,
+    ) -> None:
+        self._most_dead = most_dead
         self._batch = batch
         self._now_ms = now_ms
         self._dead = dict(dead)
@@ -90,6 +101,11 @@ class Plan:
         rows = [(place, row) for place, row in enumerate(share.rows) if place not in share.left_out]
         made, refused = messages((r.entry for _, r in rows if r.failure is None), types, limits, now_ms=self._now_ms)
         places = {id(row.entry): _Place(number, place) for place, row in rows}
+        error = self._hopeless(refused, sum(row.failure is not None for _, row in rows))
+        if error is not None and share.request.kind not in DEAD_LETTERS:
+            # The request ends; what the log has is published all the same.
+            self._shares[number] = Share(share.request, (), share.before, last=True, error=error)
+            return
         self._messages += made
         self._places += [places[id(message.entry)] for message in made]
         self._left_out += [(places[id(unpublishable.entry)], unpublishable) for unpublishable in refused]
@@ -98,6 +114,19 @@ class Plan:
                 entity_type = types.get(row.entry.type)
                 topic = entity_type.topic if entity_type else None
                 self._left_out.append((_Place(number, place), Unpublishable(row.entry, topic, "source", row.failure)))
+
+    def _hopeless(self, refused: Sequence[Unpublishable], failures: int) -> str | None:
+        """Why a request is not gone on with: its topic, or more dead letters than there may be."""
+        for unpublishable in refused:
+            if unpublishable.reason == "no-topic":
+                topic = unpublishable.topic
+                return f"the topic {topic} is missing, or must not be published to: see outbox topics plan"
+        if len(self._dead) + len(self._left_out) + len(refused) + failures > self._most_dead:
+            return (
+                f"more rows than may be dead-lettered (max_dead_letters, {self._most_dead}) cannot be published: see "
+                "outbox dead-letters list"
+            )
+        return None
 
     @property
     def _failed(self) -> set[Entity]:

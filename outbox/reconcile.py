@@ -91,6 +91,11 @@ class Comparison:
         """Give the file back."""
         self._database.close()
 
+    def empty(self) -> None:
+        """Begin anew."""
+        for table in ("records", "rows", "topic", "source", "again", "found"):
+            self._database.execute(f"DELETE FROM {table}")
+
     def take_records(self, records: Iterable[Record], look: int) -> None:
         """Take in records of the topic, in order for each key."""
         self._fill("INSERT INTO records (key, value, bytes, json, look) VALUES (?, ?, ?, ?, ?)",
@@ -217,7 +222,9 @@ class Reconciler:
         self._ends: dict[int, int] = {}
 
     def run(self, comparison: Comparison) -> Report:
-        """Compare."""
+        """Compare, from the start."""
+        comparison.empty()
+        self._ends = {}
         comparison.take_records(self._records(), 0)
         for look_number in range(1, _LOOKS + 1):
             first = look_number == 1
@@ -228,6 +235,7 @@ class Reconciler:
                     for keys in comparison.again():
                         comparison.take_rows(self._rows_of(keys), of=keys)
             self._wait_published(snapshot)
+            self._wait_marked()
             comparison.take_records(self._records(), look_number)
             comparison.compare(look_number, everything=first)
             if next(comparison.again(), None) is None:
@@ -270,11 +278,17 @@ class Reconciler:
                 ) from error
 
     def _rows(self) -> Iterator[tuple[str, bytes | None]]:
+        # A row without a key is no entity: outbox backfill start tells of it.
         with self._connection.cursor() as cursor:
             rows = cursor.stream(self._source.every().encode(), {}, binary=True, size=_ROWS_AT_ONCE)
             for number, (key, state, *_) in enumerate(rows):
                 if number % _ROWS_AT_ONCE == 0:
                     self._told("source", number, None)
+                if key is None:
+                    raise ConfigError(
+                        f'The source of "{self._type.name}" has rows without a key.',
+                        cure="See: outbox backfill start --dry-run.",
+                    )
                 yield key, state
 
     def _rows_of(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
@@ -305,6 +319,22 @@ class Reconciler:
                         cure="See outbox status: does a relay run, and how far is it?",
                     )
                 time.sleep(0.1)
+
+    def _wait_marked(self) -> None:
+        """Wait until all that the topic has now is marked: Kafka marks a transaction partition by partition.
+
+        The position's partition may be marked before the state's, whose end is then before what is published.
+        """
+        deadline = time.monotonic() + self._seconds
+        servers = (self._config.kafka_bootstrap_servers, self._config.kafka)
+        written = reader.written(*servers, self._type.topic)
+        while any(end < written[partition] for partition, end in reader.bounds(*servers, self._type.topic)[1].items()):
+            if time.monotonic() > deadline:
+                raise NoRelayError(
+                    f"A transaction in {self._type.topic} has been open for {self._seconds:g} s.",
+                    cure="See who writes to it: kafka-transactions.sh find-hanging.",
+                )
+            time.sleep(0.05)
 
     def _published(self, shard: int, snapshot: str) -> bool:
         value = read_positions(self._config, self._name)[shard]

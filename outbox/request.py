@@ -12,6 +12,9 @@ from outbox.entry import Entry
 Entity = tuple[str, str]
 """An entity type's name and a key."""
 
+NAMELESS = "(row at "
+"""How the name of a row begins that has no usable key."""
+
 DEAD_LETTERS = frozenset({"retry", "drop"})
 
 
@@ -42,7 +45,8 @@ class Request:
 class Page:
     """The next rows of a type's source, in its order, that a backfill wants.
 
-    `after`: where the page before ended, as texts (None: there was none). `rows`: how many at the most.
+    `after`: where the page before ended, as texts (None: there was none). `rows`: how many at the most. `source`: what
+    identifies the source that the page before was read from.
     """
 
     request: int
@@ -50,6 +54,7 @@ class Page:
     where: str | None
     after: Sequence[str] | None
     rows: int
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +89,14 @@ class Row(NamedTuple):
 class Found:
     """What was read for `Wanted`: entries; of each entity its row, without a state where it is gone; a page.
 
-    `more`: whether the source may go on after the page. `errors`: by type, why its source could not be read.
-    `elsewhere`: entities that were wanted and are another shard's.
+    `source` identifies what the page was read from; `more`: whether it may go on after the page. `errors`: by type, why
+    its source could not be read. `elsewhere`: entities that were wanted and are another shard's.
     """
 
     retained: Sequence[Entry] = ()
     current: Sequence[Row] = ()
     page: Sequence[Row] = ()
+    source: str | None = None
     paged: Page | None = None
     more: bool = False
     errors: Mapping[str, str] = field(default_factory=dict)

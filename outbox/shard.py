@@ -28,7 +28,7 @@ from outbox.plan import Part, Plan
 from outbox.ports import Adopt, Log, OpenLog, Source
 from outbox.position import Point, Position
 from outbox.read_ahead import ReadAhead
-from outbox.request import DEAD_LETTERS, Entity, Page, Request, Wanted
+from outbox.request import DEAD_LETTERS, NAMELESS, Entity, Page, Request, Wanted
 from outbox.share import KEYS, shares
 from outbox.telemetry import emit
 from outbox.topic_watch import TopicWatch
@@ -174,9 +174,9 @@ class Shard:
         self._report(batch)
         self._topics.follow(kafka, batch, shards=self._shards, dead=bool(self._hold.dead))
         began = time.monotonic()
-        plan = Plan(batch, kafka.limits, self._hold.dead, now_ms=self._now_ms())
+        plan = self._plan(kafka, batch)
         if plan.too_large and self._topics.look_for_limits(kafka, batch, shards=self._shards):
-            plan = Plan(batch, kafka.limits, self._hold.dead, now_ms=self._now_ms())
+            plan = self._plan(kafka, batch)
         try:
             if plan.empty:
                 return self._nothing(kafka, batch)
@@ -184,6 +184,10 @@ class Shard:
         except (Fenced, Unknown, Aborted) as fault:
             self._lost(kafka, fault)
         return Step(Did.NOTHING, more=True)
+
+    def _plan(self, kafka: Log, batch: Batch) -> Plan:
+        most = self._config.max_dead_letters
+        return Plan(batch, kafka.limits, self._hold.dead, now_ms=self._now_ms(), most_dead=most)
 
     def look_again(self) -> bool:
         """Look for something to do in a new statement; what it finds is the next step's batch."""
@@ -215,7 +219,7 @@ class Shard:
                     for entity in request.names(dead):
                         if dead[entity]:
                             retained[entity] = dead[entity]
-                        else:
+                        elif not entity[1].startswith(NAMELESS):
                             current.append(entity)  # it came from the source
                 elif request.kind == "publish":
                     type_name, begin = request.arguments["type"], progress.get("named", 0)
@@ -235,8 +239,11 @@ class Shard:
         for request in sorted(backfills, key=lambda r: (r.id <= self._paged, r.id)):
             rows = self._pace.rows(request.id, request.arguments.get("rate"), now)
             if rows:
-                after = position.requests.get(str(request.id), {}).get("after")
-                return Page(request.id, request.arguments["type"], request.arguments.get("where"), after, rows)
+                said = position.requests.get(str(request.id), {})
+                arguments = request.arguments
+                return Page(
+                    request.id, arguments["type"], arguments.get("where"), said.get("after"), rows, said.get("source")
+                )
         return None
 
     def _take(self) -> Step:
@@ -289,7 +296,8 @@ class Shard:
         )
         # What this adoption left behind may be lost in its turn, and with it what the sequence knew of it.
         earlier = positions.floor_of([position])
-        fresh = replace(fresh, totals=position.totals, requests=position.requests, earlier=earlier)
+        # Nor what requests have done: it may be lost, and another request may get the number of one that is.
+        fresh = replace(fresh, totals=position.totals, earlier=earlier)
         emit(log, "relay.starts_anew", shard=self._number, epoch=head.epoch)
         try:
             self._commit(kafka, Part.alone(fresh), head.insert_lsn)

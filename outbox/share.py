@@ -27,7 +27,7 @@ class Share:
     that are not sent: the batch has an entry of the key, which says what it is as of the same snapshot, or there is
     nothing to send; of those `elsewhere` are another shard's, and do not count. `named` are the dead letters that the
     request means, `gone` the entities of which there is nothing to publish. `error`: why
-    nothing can be read for it; the request is over.
+    nothing can be read for it; the request is over. `source` identifies what a page was read from.
     """
 
     request: Request
@@ -39,6 +39,7 @@ class Share:
     named: Sequence[Entity] = ()
     gone: Sequence[Entity] = ()
     error: str | None = None
+    source: str | None = None
 
     def progress(self, done: int, failed: AbstractSet[Entity]) -> Progress | None:
         """How far it is once the first `done` rows are, given the entities that could not be published.
@@ -59,7 +60,7 @@ class Share:
             "refused": self.before.get("refused", 0) + sum(_entity(row.entry) in failed for row in rows),
         }
         if self.request.kind == "backfill":
-            return {**so_far, "after": list(rows[-1].at)}
+            return {**so_far, "after": list(rows[-1].at), "source": self.source}
         tombstones = sum(
             row.entry.state is None and row.failure is None and place not in self.left_out
             for place, row in enumerate(rows)
@@ -83,7 +84,7 @@ class Share:
                 }
             case _:
                 so_far = self._partly(len(self.rows), failed) if self.rows else dict(self.before)
-                for where in ("after", "named"):
+                for where in ("after", "source", "named"):
                     so_far.pop(where, None)
                 error = {"error": self.error} if self.error is not None else {}
                 return {"rows": 0, "refused": 0, **so_far, **error}
@@ -118,7 +119,7 @@ def shares(batch: Batch, dead: Mapping[Entity, int]) -> list[Share]:
             taken.append(_named(request, before, wanted, there, in_batch, found.elsewhere, last=last))
         elif found.paged is not None and found.paged.request == request.id:
             left_out = frozenset(n for n, row in enumerate(found.page) if _entity(row.entry) in in_batch)
-            taken.append(Share(request, found.page, before, not found.more, left_out))
+            taken.append(Share(request, found.page, before, not found.more, left_out, source=found.source))
     return taken
 
 

@@ -47,7 +47,7 @@ class Source:
 
     @property
     def made_of(self) -> Sequence[Column]:
-        """The columns that the key is made of; empty where the query has none beside the key."""
+        """The columns that the key is made of, in its order; empty where the query has none beside the key."""
         return [column for column in self.columns if column.name not in _OWN]
 
     def page(self, *, after: bool, where: str | None = None, bare: bool = False, of_shard: str = "") -> str:
@@ -94,6 +94,19 @@ class Source:
             return None
         return {f"part_{n}": [parts[n] for parts in split if parts] for n in range(len(self.made_of))}
 
+    @property
+    def key_made(self) -> str:
+        """An expression: the key that the columns make, which must be the source's `key`; null where one is null."""
+        texts = [f"s.{quote(column.name)}::text" for column in self.order]
+        if len(texts) == 1:
+            return texts[0]
+        escaped = (rf"replace(replace({text}, '\', '\\'), ':', '\:')" for text in texts)
+        return " || ':' || ".join(escaped)
+
+    def casts(self) -> str:
+        """A query that fails when a key's parts cannot be values of the columns that the key is made of."""
+        return "SELECT " + ", ".join(f"%(part_{n})s::text[]::{column.type}[]" for n, column in enumerate(self.made_of))
+
     def _select(self, *, bare: bool) -> str:
         there = {column.name: column.type for column in self.columns}
         state = "NULL::bytea"
@@ -109,6 +122,16 @@ class Source:
     @property
     def _order(self) -> str:
         return ", ".join(f"s.{quote(column.name)}" for column in self.order)
+
+
+def joined(parts: Sequence[str | None]) -> str | None:
+    """The key that these texts of columns make, as `outbox.key.key_text` joins them; None where one is null."""
+    if None in parts:
+        return None
+    texts = [part or "" for part in parts]
+    if len(texts) == 1:
+        return texts[0]
+    return ":".join(text.replace("\\", "\\\\").replace(":", "\\:") for text in texts)
 
 
 def split_key(key: str, parts: int) -> list[str] | None:
@@ -140,7 +163,7 @@ def look(connection: Connection, name: str, query: str) -> Source:
             cursor = connection.execute(f"SELECT * FROM (\n{query}\n) AS source LIMIT 0".encode())
             described = cursor.description or ()
             types = connection.execute(
-                "SELECT format_type(t, NULL) FROM unnest(%s::oid[]) WITH ORDINALITY AS n (t, place) ORDER BY place",
+                "SELECT format_type(t, -1) FROM unnest(%s::oid[]) WITH ORDINALITY AS n (t, place) ORDER BY place",
                 [[column.type_code for column in described]],
             ).fetchall()
     except psycopg.Error as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import psycopg
@@ -21,17 +22,20 @@ from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.errors import ConfigError
 from outbox.key import MAX_KEY_BYTES
-from outbox.request import Entity, Found, Page, Row, Wanted
+from outbox.request import NAMELESS, Entity, Found, Page, Row, Wanted
 from outbox.schema import literal, quote
-from outbox.source import Source, look
+from outbox.source import Source, joined, look
 
 # What a smaller page may be free of: errors of a row, by their SQLSTATE classes (data, cardinality, a constraint of a
 # domain, RAISE).
 _OF_A_ROW = ("21", "22", "23", "P0")
-# A page that takes longer is read in smaller pieces.
+# Live changes wait meanwhile: a query that takes longer ends its request, and one that waits for a lock, too.
 _MOST_MS = 10_000
+_LOCK_MS = 2_000
+# Of so many rows it is looked at whether the key is made of the columns that it is said to be made of.
+_SAMPLE = 100
 # What the relay's session has switched off for its own queries.
-_PLANNER = ("enable_seqscan", "enable_bitmapscan")
+_PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_incremental_sort")
 
 
 class _UnreadableError(Exception):
@@ -43,7 +47,9 @@ class _QueryError(_UnreadableError):
 
     def __init__(self, error: psycopg.Error) -> None:
         super().__init__((error.diag.message_primary or str(error)).strip())
-        self.of_a_row = (error.sqlstate or "")[:2] in _OF_A_ROW or isinstance(error, pg.QueryCanceled)
+        self.of_a_row = (error.sqlstate or "")[:2] in _OF_A_ROW
+        if isinstance(error, pg.QueryCanceled):
+            self.args = (f"it took longer than {_MOST_MS // 1000} s: see EXPLAIN, or name the columns of an index",)
 
 
 class Sources:
@@ -64,7 +70,7 @@ class Sources:
         errors: dict[str, str] = {}
         current: list[Row] = []
         page: Sequence[Row] = ()
-        more = False
+        identity, more = None, False
         elsewhere = self._elsewhere(connection, [*wanted.current, *wanted.retained])
         by_type: dict[str, list[str]] = defaultdict(list)
         for name, key in wanted.current:
@@ -80,10 +86,10 @@ class Sources:
         if wanted.page is not None:
             name = wanted.page.type
             try:
-                page, more = self._page(connection, self._source(connection, name, types), wanted.page)
+                page, identity, more = self._page(connection, self._source(connection, name, types), wanted.page)
             except _UnreadableError as error:
                 errors[name] = str(error)
-        return Found(retained, current, page, wanted.page, more, errors, elsewhere)
+        return Found(retained, current, page, identity, wanted.page, more, errors, elsewhere)
 
     def _elsewhere(self, connection: Connection, entities: Sequence[Entity]) -> set[Entity]:
         """Which of some entities are another shard's."""
@@ -104,10 +110,20 @@ class Sources:
                 known = self._known[entity_type.source] = look(connection, name, entity_type.source)
             except ConfigError as error:
                 raise _UnreadableError(str(error)) from error
+            # A row that is looked up by those columns and not found would get a tombstone.
+            sample = _ask(connection, known.page(after=False, bare=True), {"rows": _SAMPLE}) if known.made_of else []
+            for key, *_, at in sample:
+                if joined(at) not in {key, None}:
+                    columns = ", ".join(column.name for column in known.order)
+                    del self._known[entity_type.source]
+                    raise _UnreadableError(f"its key {key} is not made of {columns}, joined with colons")
         return known
 
-    def _page(self, connection: Connection, source: Source, asked: Page) -> tuple[Sequence[Row], bool]:
-        """The rows of a page, as many as can be read at once, and whether there may be more."""
+    def _page(self, connection: Connection, source: Source, asked: Page) -> tuple[Sequence[Row], str, bool]:
+        """The rows of a page, as many as can be read at once, what they are of, and whether there may be more."""
+        identity = _identity(source, asked.where)
+        if asked.after is not None and (asked.source != identity or len(asked.after) != len(source.order)):
+            raise _UnreadableError("its source was changed meanwhile: start it again")
         arguments: dict[str, Any] = {f"after_{n}": text for n, text in enumerate(asked.after or ())}
         arguments |= {"type": asked.type, "rows": asked.rows}
 
@@ -123,10 +139,19 @@ class Sources:
                 if arguments["rows"] > 1:
                     arguments["rows"] //= 2
                     continue
-                # The row alone, without its state: what it is called, and where the next page begins.
-                found = _ask(connection, query(bare=True), arguments)
-                return [_row(asked.type, *one, failure=str(error)) for one in found], True
-            return [_row(asked.type, *one) for one in found], len(found) == arguments["rows"]
+                # The next row alone, without its state; it may be another one that the server computed, and failed at.
+                bare = _ask(connection, query(bare=True), arguments)
+                if not bare:
+                    raise
+                return [self._alone(connection, asked.type, source, bare[0], error)], identity, True
+            return [_row(asked.type, *one) for one in found], identity, len(found) == arguments["rows"]
+
+    def _alone(self, connection: Connection, name: str, source: Source, bare: Sequence[Any], error: Exception) -> Row:
+        """A row by its key, and why it has no state; the request ends where it is another's that fails."""
+        row = _row(name, *bare, failure=str(error))
+        for there in self._there(connection, name, source, [row.entry.key]):
+            return there
+        raise error
 
     def _rows(self, connection: Connection, name: str, source: Source, keys: Sequence[str]) -> list[Row]:
         """The rows of some keys, in their order; one without a state for a key that is gone."""
@@ -149,11 +174,19 @@ class Sources:
             return [row for half_of_them in halves for row in self._there(connection, name, source, half_of_them)]
         if arguments is None:
             return []  # a key of other parts than the source has columns
-        try:
-            bare = _ask(connection, source.rows_of(bare=True), arguments)
-        except _QueryError:
-            return []  # no row has a key that its columns cannot hold
+        if source.made_of:
+            try:
+                _ask(connection, source.casts(), arguments)
+            except _QueryError:
+                return []  # no row has a key that its columns cannot hold
+        bare = _ask(connection, source.rows_of(bare=True), arguments)
         return [_row(name, *one, failure=failure) for one in bare]
+
+
+def _identity(source: Source, where: str | None) -> str:
+    """What a page is of: another source, order or condition is another."""
+    told = [source.query, where, *(f"{column.name} {column.type}" for column in source.order)]
+    return blake2b(repr(told).encode(), digest_size=8).hexdigest()
 
 
 def _prepare(connection: Connection) -> None:
@@ -162,7 +195,13 @@ def _prepare(connection: Connection) -> None:
         connection.execute(f"SET LOCAL {quote(name)} = {literal(value)}".encode())
     for name in _PLANNER:
         connection.execute(f"SET LOCAL {name} = on".encode())
-    connection.execute(b"SET LOCAL statement_timeout = %d" % _MOST_MS)
+    connection.execute(b"SET LOCAL plan_cache_mode = auto")
+    connection.execute(b"SET LOCAL lock_timeout = %d" % _LOCK_MS)
+    # The session's own limit, where it is smaller.
+    connection.execute(
+        b"SELECT set_config('statement_timeout', least(%d, nullif(setting::int, 0))::text, true)"
+        b" FROM pg_settings WHERE name = 'statement_timeout'" % _MOST_MS
+    )
 
 
 def _ask(connection: Connection, query: str, arguments: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -189,13 +228,15 @@ def _row(
     *,
     failure: str | None = None,
 ) -> Row:
-    if failure is None and not (key and len(key.encode()) <= MAX_KEY_BYTES):
+    usable = bool(key) and len((key or "").encode()) <= MAX_KEY_BYTES
+    if not usable:
         failure = f"its key is null, empty or longer than {MAX_KEY_BYTES} bytes"
     elif failure is None and state is None:
         failure = "its state is null"
-    # Of a row without a usable key the place says which it is.
-    entry = Entry(0, name, (key or ":".join(map(str, at)))[:200], state, _now_ms(), None, cause, headers)
-    return Row(entry if key is None or failure else entry._replace(key=key), at, failure)
+    if not usable:
+        # The place says which row it is.
+        key = f"{NAMELESS}{':'.join(map(str, at))[:200]})"
+    return Row(Entry(0, name, key or "", state, _now_ms(), None, cause, headers), at, failure)
 
 
 def _now_ms() -> int:

@@ -10,6 +10,7 @@ from outbox.batch import Batch
 from outbox.entity_type import EntityType
 from outbox.errors import TopicError
 from outbox.ports import Log
+from outbox.request import DEAD_LETTERS
 from outbox.telemetry import emit
 
 log = logging.getLogger("outbox.relay")
@@ -35,7 +36,7 @@ class TopicWatch:
         """Look at the topics when they may be others; `dead`: there are dead letters, which a request may mend."""
         if (
             batch.head.types_version != self.seen
-            or (batch.requests and dead)
+            or (dead and any(request.kind in DEAD_LETTERS for request in batch.requests))
             or (batch.entries and time.monotonic() > self.looked_at + self._interval)
             or (self._troubles and not self._troubles.keys().isdisjoint(topics_of(batch)))
         ):

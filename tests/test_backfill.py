@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Owner:
     env: dict[str, str]
     kafka: Kafka
     directory: Path
+    running: RelayProcess = field(init=False)
 
     @property
     def topic(self) -> str:
@@ -231,6 +232,8 @@ def test_pause_resume_cancel(owner: Owner) -> None:
         (None, "has no source"),
         ("SELECT (id / 2)::text AS key, to_jsonb(c) AS state, id / 2 AS half FROM customer c", "key of another: 1"),
         ("SELECT nullif(id, 3)::text AS key, to_jsonb(c) AS state, id FROM customer c", "1 rows without a key"),
+        ("SELECT id::text AS key, to_jsonb(c) AS state, nullif(id, 3) AS id FROM customer c", "1 rows without a key"),
+        ("SELECT 'C-' || id AS key, to_jsonb(c) AS state, id FROM customer c", "whose key is not made of id"),
     ],
 )
 def test_a_source_that_cannot_be_paged_is_refused_at_once(owner: Owner, source: str | None, said: str) -> None:
@@ -458,3 +461,59 @@ def test_of_several_shards_each_publishes_its_own_keys(
         }  # fmt: skip
         assert second.stop() == 0
     assert len(records(kafka, owner.topic)) == 1005
+
+
+def test_a_source_whose_key_is_not_made_of_its_columns_gives_no_tombstone(owner: Owner) -> None:
+    """Looked up by those columns it would seem to be gone."""
+    owner.add_type("SELECT 'C-' || id AS key, to_jsonb(c) AS state, id FROM customer c")
+    with owner.relay():
+        assert "is not made of id" in owner.outcome(owner.ask("publish", keys=["C-1"]))["error"]
+    assert records(owner.kafka, owner.topic) == []
+
+
+def test_a_lookup_that_takes_too_long_ends_the_request_and_gives_no_tombstone(owner: Owner) -> None:
+    """Nor does it hold up what is live for long."""
+    owner.add_type("SELECT id::text AS key, jsonb_build_object('x', pg_sleep(60)::text) AS state, id FROM customer")
+    with owner.relay():
+        number = owner.ask("publish", keys=["1"])
+        assert "it took longer than 10 s" in owner.outcome(number)["error"]
+        owner.sql("""SELECT outbox.put('customer', 'live', '{}')""")
+        eventually(lambda: records(owner.kafka, owner.topic))
+    assert [record.key for record in records(owner.kafka, owner.topic)] == [b"live"]
+
+
+def test_a_source_that_is_changed_ends_the_backfill_that_goes_on(owner: Owner) -> None:
+    """Where its page ended says nothing of another order."""
+    owner.add_type("SELECT id::text AS key, to_jsonb(c) AS state FROM customer c")
+    with owner.relay():
+        number = owner.ask(rate=500)
+        eventually(lambda: records(owner.kafka, owner.topic))
+        must(owner.env, "types", "change", "customer", "--source", SOURCE)
+        assert "changed meanwhile" in owner.outcome(number)["error"]
+
+
+def test_more_failing_rows_than_may_be_dead_lettered_end_the_request_alone(owner: Owner) -> None:
+    """Neither does the relay stop, nor a topic that is missing get letters."""
+    owner.add_type("SELECT id::text AS key, NULL::jsonb AS state, id FROM customer")
+    with owner.relay(max_dead_letters=100):
+        assert "max_dead_letters, 100" in owner.outcome(owner.ask())["error"]
+        must(owner.env, "types", "add", "nowhere", "--topic", f"{owner.name}.nowhere", "--source", SOURCE)
+        with psycopg.connect(owner.url, autocommit=True) as connection:
+            number = requests.ask(connection, "outbox", "backfill", {"type": "nowhere"})
+        assert "is missing" in owner.outcome(number)["error"]
+        owner.sql("""SELECT outbox.put('customer', 'live', '{}')""")
+        eventually(lambda: records(owner.kafka, owner.topic))
+
+
+def test_keys_of_padded_and_odd_types_are_paged_to_their_end(owner: Owner) -> None:
+    """A cast without its length would cut them."""
+    owner.sql(
+        "CREATE TYPE colour AS ENUM ('red', 'green')",
+        "CREATE TABLE odd (code char(10), flags bit(3), c colour, PRIMARY KEY (code, flags, c))",
+        "INSERT INTO odd SELECT 'C' || lpad(n::text, 9, '0'), '101', 'green' FROM generate_series(1, 1200) n",
+    )
+    owner.add_type("SELECT code || ':' || flags || ':' || c AS key, to_jsonb(o) AS state, code, flags, c FROM odd o")
+    with owner.relay(batch_rows=500):
+        assert owner.outcome(owner.ask())["rows"] == 1200
+        assert owner.outcome(owner.ask("publish", keys=["C000000007:101:green"]))["tombstones"] == 0
+    assert len(records(owner.kafka, owner.topic)) == 1201

@@ -214,7 +214,7 @@ def row(key: str, state: bytes | None = b"{}", *, failure: str | None = None) ->
 
 
 def page_of(*rows: Row, more: bool = True) -> Found:
-    return Found(page=rows, paged=Page(5, "user", None, None, len(rows)), more=more)
+    return Found(page=rows, source="s", paged=Page(5, "user", None, None, len(rows)), more=more)
 
 
 def with_requests(requests: Mapping[str, Mapping[str, Any]]) -> Position:
@@ -227,7 +227,7 @@ def test_a_page_follows_the_batch_without_the_keys_that_the_batch_has() -> None:
     part = plan.part()
     assert [(m.entry.id, m.entry.key) for m in part.messages] == [(50, "b"), (0, "a")]
     assert dict(part.messages[1].headers) == {"outbox-id": b"0"}
-    assert part.position.requests["5"] == {"rows": 2, "refused": 0, "after": ["b"]}
+    assert part.position.requests["5"] == {"rows": 2, "refused": 0, "after": ["b"], "source": "s"}
 
 
 def test_every_part_of_a_page_says_where_the_next_begins_and_takes_the_letters_before_it() -> None:
@@ -239,7 +239,7 @@ def test_every_part_of_a_page_says_where_the_next_begins_and_takes_the_letters_b
     assert [[letter.key for letter in part.letters] for part in seen] == [[], [], ["b", "d"]]
     assert [dict(part.position.requests) for part in seen] == [
         {},
-        {"5": {"rows": 1, "refused": 0, "after": ["a"]}},
+        {"5": {"rows": 1, "refused": 0, "after": ["a"], "source": "s"}},
         {"5": {"done": {"rows": 4, "refused": 2}}},
     ]
     assert seen[-1].letters[0].reason == "source"
@@ -249,7 +249,7 @@ def test_a_backfill_counts_on_from_what_the_position_says() -> None:
     """Also when it is over with a page that is empty."""
     position = with_requests({"5": {"rows": 7, "refused": 1, "after": ["q"]}})
     plan = plan_of(batch_of([], requests=[BACKFILL], found=page_of(row("r")), position=position))
-    assert plan.part().position.requests["5"] == {"rows": 8, "refused": 1, "after": ["r"]}
+    assert plan.part().position.requests["5"] == {"rows": 8, "refused": 1, "after": ["r"], "source": "s"}
     plan = plan_of(batch_of([], requests=[BACKFILL], found=page_of(more=False), position=position))
     assert not plan.empty
     assert plan.part().position.requests["5"] == {"done": {"rows": 7, "refused": 1}}

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from confluent_kafka import Producer
 
-from consume import live
+from consume import live, records
 from devstack.kafka import Kafka
 from outbox.canonical import json_digest
 from relays import RelayProcess, environment, eventually, must, outbox
@@ -75,6 +75,7 @@ def owner(make_outbox: Callable[..., str], outbox_name: str, kafka: Kafka, tmp_p
     with RelayProcess(made.env, tmp_path / "relay.log") as relay:
         relay.wait_event("relay.holds")
         must(made.env, "backfill", "start", "customer", "--watch")
+        made.running = relay
         yield made
 
 
@@ -103,8 +104,10 @@ def test_each_kind_of_difference_is_found_and_repaired_and_nothing_else(owner: O
         "missing": ["7", "8"], "stale": ["9"], "undecodable": ["10"], "orphaned": ["extra"],
     }  # fmt: skip
     assert found["equal"] == 2996
+    before = len(records(owner.kafka, owner.topic))
     code, found = reconcile(owner, "--repair")
     assert (code, found["equal"], found["examples"]) == (0, 3000, {})
+    assert len(records(owner.kafka, owner.topic)) == before + 5
     assert live(owner.kafka, owner.topic).json == owner.table()
 
 
@@ -127,7 +130,7 @@ def test_under_writers_no_false_difference_is_reported(owner: Owner) -> None:
             code, found = reconcile(owner)
             assert not any(found[kind] for kind in ("missing", "stale", "orphaned", "undecodable")), found
             assert (code == 0) == (not found["moving"])
-            assert found["moving"] <= 20
+            assert found["moving"] <= 100
     finally:
         stop.set()
         for one in writers:
@@ -137,10 +140,13 @@ def test_under_writers_no_false_difference_is_reported(owner: Owner) -> None:
 
 def test_what_cannot_be_told_is_exit_code_2(owner: Owner, tmp_path: Path) -> None:
     """No relay publishes what is committed; no source."""
+    owner.running.kill()
     with psycopg.connect(owner.url) as connection:
         connection.execute("SELECT change(1)")
-        waited = outbox(owner.env, "reconcile", "customer", "--timeout", "5")
-        assert waited.returncode == 0, waited.stderr  # not committed: nothing to wait for
+        told = outbox(owner.env, "reconcile", "customer")
+        assert told.returncode == 0, told.stderr  # not committed: nothing to wait for
+    told = outbox(owner.env, "reconcile", "customer", "--timeout", "1")
+    assert (told.returncode, "has not published" in told.stderr) == (2, True)
     must(owner.env, "types", "add", "other", "--topic", f"{owner.name}.other")
     told = outbox(owner.env, "reconcile", "other")
     assert (told.returncode, "has no source" in told.stderr) == (2, True)

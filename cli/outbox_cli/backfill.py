@@ -60,6 +60,7 @@ def start(
         name, shards = outbox_row(connection, config.schema)
         entity_type = find_type(connection, config.schema, type_name)
         if keys:
+            keys = tuple(dict.fromkeys(keys))
             total = backfill.named(connection, entity_type, keys)
         else:
             checked = backfill.check(connection, entity_type, where=where)
@@ -74,11 +75,13 @@ def start(
                 click.echo(f"{total:,} rows of {type_name} would be published{gone}.")
             return
         if keys:
-            arguments = {"type": type_name, "keys": list(dict.fromkeys(keys)), "total": len(set(keys))}
+            arguments = {"type": type_name, "keys": list(keys), "total": len(keys)}
             number = requests.ask(connection, config.schema, "publish", arguments)
         else:
+            # Each shard has its own relay, which knows nothing of the others.
+            of_each = rate / shards if rate is not None else None
             number = backfill.start(
-                connection, config.schema, entity_type, shards=shards, where=where, rate=rate, total=total
+                connection, config.schema, entity_type, shards=shards, where=where, rate=of_each, total=total
             )
         if not watch:
             if as_json:
@@ -216,7 +219,7 @@ def _watch(config: Config, connection: Connection, name: str, shards: int, numbe
             bar.length = max(total or 0, done.rows)
             bar.update(done.rows - bar.pos)
             # Not by the position: another may be asked for once the control table has been told.
-            if asked.state(shards) != "running":
+            if asked.state(shards) not in {"running", "paused"}:
                 break
             time.sleep(_LOOK_SECONDS)
     if as_json:
@@ -229,5 +232,5 @@ def _watch(config: Config, connection: Connection, name: str, shards: int, numbe
     else:
         refused = f", {done.refused} refused (see: outbox dead-letters list)" if done.refused else ""
         click.echo(f"{asked.state(shards)}: {done.rows:,} rows{refused}")
-    if done.refused or done.error is not None:
+    if done.refused or done.error is not None or asked.state(shards) == "cancelled":
         fail(1)

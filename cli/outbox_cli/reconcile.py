@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
+import psycopg
 
 from outbox import requests
 from outbox.config import Config
@@ -49,10 +51,10 @@ def command(settings: Settings, type_name: str, repair: bool, timeout: float, as
 
     Both may change meanwhile: a key that is on its way is looked at again.
     """
-    from outbox.reconcile import Reconciler, comparison
-
     try:
         config = settings.needs_kafka()
+        from outbox.reconcile import Reconciler, comparison
+
         with settings.connect() as connection, comparison() as found:
             name, shards = outbox_row(connection, config.schema)
             entity_type = find_type(connection, config.schema, type_name)
@@ -68,7 +70,7 @@ def command(settings: Settings, type_name: str, repair: bool, timeout: float, as
                 _repair(config, connection, shards, type_name, found, timeout)
                 before, report = report, compare()
                 click.echo(f"{before.different:,} keys were handed to the relay.", err=True)
-    except OutboxError as error:
+    except (OutboxError, psycopg.Error, sqlite3.Error, OSError) as error:
         click.echo(f"error: {error}", err=True)
         fail(NOT_TOLD)
     _show(report, as_json=as_json)

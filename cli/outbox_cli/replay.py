@@ -89,10 +89,12 @@ def command(
     by_key = bool(keys) and not (since or until or ids)
     done: Counter[str] = Counter()
     gone: list[str] = []
+    wanted = set(keys)
     with settings.connect() as connection:
         schema = settings.config.schema
         _, shards = outbox_row(connection, schema)
         entity_type = find_type(connection, schema, type_name)
+        by_key = by_key and entity_type.source is not None
         retained = replay.count(connection, schema, selected)
         if first is not None and first <= retained.removed_id:
             click.echo(f"Entries up to {retained.removed_id} are not retained any more.", err=True)
@@ -110,8 +112,10 @@ def command(
                 counts, missing = _ask(connection, schema, arguments, shards, timeout)
                 done.update(counts)
                 gone += missing
+                wanted -= set(arguments["keys"])
                 bar.update(len(arguments["keys"]))
-    _tell({"entries": retained.entries, **done}, gone, as_json)
+    # Keys that were named, and that no retained entry has.
+    _tell({"entries": retained.entries, **done}, [*gone, *sorted(wanted)], as_json)
 
 
 def _ask(

@@ -93,6 +93,12 @@ def bounds(bootstrap: str, passthrough: Mapping[str, str], topic: str) -> tuple[
         return _offsets(admin, topic, partitions, _EARLIEST), ends
 
 
+def written(bootstrap: str, passthrough: Mapping[str, str], topic: str) -> dict[int, int]:
+    """Of each partition the end of what is written, whether or not it is committed."""
+    with _admin(bootstrap, passthrough) as admin:
+        return _offsets(admin, topic, _partitions(admin, topic), _LATEST, IsolationLevel.READ_UNCOMMITTED)
+
+
 def read_between(
     bootstrap: str, passthrough: Mapping[str, str], topic: str, starts: Mapping[int, int], ends: Mapping[int, int]
 ) -> Iterator[Record]:

@@ -63,11 +63,12 @@ class ShardLog:
         for own in (self._positions, self._dead_letters):
             if own in found:
                 raise found[own]
-        self.limits = {name: topic.max_message_bytes for name, topic in topics.items()}
+        # Those that must not be published to have none: a request for one ends with that.
+        self.limits = {name: topic.max_message_bytes for name, topic in topics.items() if name not in found}
         # A batch is judged as a whole, after compression: it must fit into every topic it may go to.
-        batch_size = min(_BATCH_SIZE, *(limit - 1024 for limit in self.limits.values()))
+        batch_size = min([_BATCH_SIZE, *(limit - 1024 for limit in self.limits.values())])
         # The client's memory is bounded, but holds the largest record that there may be, twice.
-        queue_kbytes = max(_QUEUE_KBYTES, 2 * max(self.limits.values()) // 1024)
+        queue_kbytes = max(_QUEUE_KBYTES, 2 * max(self.limits.values(), default=0) // 1024)
         self._batch_size, self._queue_kbytes = batch_size, queue_kbytes
         return found
 
