@@ -79,27 +79,30 @@ def run(options: Options) -> Report:
         NAME,
         f"Idle cost: {options.stage_seconds:g} seconds in which nothing happens",
         options.command,
-        {"seconds": options.stage_seconds, "rounds": options.rounds},
+        {"seconds": options.stage_seconds, "rounds": options.rounds, "warm-up rounds": options.warm_up},
     )
     found: dict[str, list[Idle]] = {}
     with ExitStack() as stack:
         view.step("starting the servers")
         those = stack.enter_context(servers(stack.enter_context(options.work())))
 
-        def watch(contender: Contender) -> None:
+        def took(who: str, number: int, one: Idle) -> None:
+            view.step(_shown(who, one))
+            if number >= 0:
+                found.setdefault(who, []).append(one)
+
+        def watch(contender: Contender, number: int) -> None:
             contender.begin()
             wait_alive(those.topics, contender, options.seconds)
             time.sleep(_SETTLE_SECONDS)
             one = _watch(options.stage_seconds, those, contender.postgres, _database(contender), Meter(contender.pids))
             contender.check_alive()
             contender.end()
-            found.setdefault(contender.name, []).append(one)
-            view.step(_shown(contender.name, one))
+            took(contender.name, number, one)
 
-        def watch_nobody(who: str) -> None:
+        def watch_nobody(who: str, number: int) -> None:
             one = _watch(options.stage_seconds, those, those.postgres("postgres"), "postgres", Meter({}))
-            found.setdefault(who, []).append(one)
-            view.step(_shown(who, one))
+            took(who, number, one)
 
         compared: list[Contender] = []
         # One after the other: making Debezium starts the worker.
@@ -109,12 +112,11 @@ def run(options: Options) -> Report:
                 continue
             for contender in chosen:
                 _log_statements(contender)
-            takes: list[Callable[[], None]] = [partial(watch, one) for one in chosen]
+            takes: list[Callable[[int], None]] = [partial(watch, one) for one in chosen]
             takes.append(partial(watch_nobody, nobody))
-            for number in range(options.rounds):
-                view.step(f"round {number + 1} of {options.rounds}")
+            for number in options.numbers():
                 for take in turned(takes, number):
-                    take()
+                    take(number)
             compared += chosen
         report.versions = those.versions(compared)
     _tell(report, found)

@@ -244,7 +244,8 @@ def _clear(contender: Contender) -> None:
 
 
 def _shown(who: str, stage: Stage, one: Latencies) -> str:
-    middle, late, most = (percentile(one.after_commit, share) * 1000 for share in (0.5, 0.99, 1.0))
+    times = one.before_insert if who == BARE_NAME else one.after_commit
+    middle, late, most = (percentile(times, share) * 1000 for share in (0.5, 0.99, 1.0))
     return f"{who}, {stage.name}: p50 {middle:.1f} ms, p99 {late:.1f}, max {most:.1f}; {one.sent:,.0f} changes/s sent"
 
 
