@@ -275,13 +275,16 @@ def run(options: Options) -> Report:
     report.notes += [
         f"Rows of the log that publishing changed, removed or left dead, by pg_stat_user_tables, in all: {dead:.0f}.",
         "Every row of the log that was read was found by an index, by the server's own count; otherwise a run fails.",
-        f"{RETAINED}: {retained:,} published entries are in the table.",
-        f"{TYPES}: {MANY_TYPES} entity types with a topic each.",
-        f"{OPEN}: a transaction with an entry is open from before the first round to after the last one.",
-        f"{RING}: each of its {SLOTS} slots was filled and truncated {LAPS} times before.",
-        f"{LATE}: a round's entries are of one transaction, open while {OTHERS:,} others were written and published.",
         "Reading goes on beside the commit of the batch before it.",
     ]
+    told = {
+        RETAINED: f"{retained:,} published entries are in the table.",
+        TYPES: f"{MANY_TYPES} entity types with a topic each.",
+        OPEN: "a transaction with an entry is open from before the first round to after the last one.",
+        RING: f"each of its {SLOTS} slots was filled and truncated {LAPS} times before.",
+        LATE: f"a round's entries are of one transaction, open while {OTHERS:,} others were written and published.",
+    }
+    report.notes += [f"{name}: {text}" for name, text in told.items() if name in drains]
     return report
 
 

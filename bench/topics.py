@@ -64,13 +64,13 @@ class Topics:
         topic = self._admin.list_topics(name, timeout=_ANSWER_SECONDS).topics[name]
         return self._ends(name, list(topic.partitions))
 
-    def _ends(self, name: str, partitions: list[int]) -> Offsets:
+    def _ends(
+        self, name: str, partitions: list[int], isolation: IsolationLevel = IsolationLevel.READ_COMMITTED
+    ) -> Offsets:
         asked = {TopicPartition(name, partition): _LATEST for partition in partitions}
         deadline = time.monotonic() + _ANSWER_SECONDS
         while True:
-            futures = self._admin.list_offsets(
-                asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=_ANSWER_SECONDS
-            )
+            futures = self._admin.list_offsets(asked, isolation_level=isolation, request_timeout=_ANSWER_SECONDS)
             try:
                 return {found.partition: future.result().offset for found, future in futures.items()}
             except KafkaException as exception:
@@ -111,7 +111,18 @@ class Topics:
             time.sleep(_LOOK_SECONDS)
 
     def judge(self, starts: Mapping[str, Offsets]) -> Delivered:
-        """Read what a `read_committed` consumer gets from `starts`, by topic, to the ends as they are now."""
+        """Read what a `read_committed` consumer gets from `starts`, by topic, to the ends as they are now.
+
+        Whoever wrote has ended. Kafka marks a transaction in its partitions after the commit has returned: waited for.
+        """
+
+        def marked() -> bool:
+            return all(
+                self._ends(name, list(of_name)) == self._ends(name, list(of_name), IsolationLevel.READ_UNCOMMITTED)
+                for name, of_name in starts.items()
+            )
+
+        wait_for(marked, seconds=_ANSWER_SECONDS, what=f"the end of all transactions in {', '.join(starts)}")
         ends = {
             (name, partition): end for name in starts for partition, end in self._ends(name, list(starts[name])).items()
         }
