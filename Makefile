@@ -54,7 +54,7 @@ test: setup ## run every check and every test, in order, up to the first failure
 faults: setup ## inject hundreds of faults on real servers and judge the topics (half an hour; ARGS="killed --times 2")
 	@PYTHONPATH=tests:examples $(VENV)/python -m faults $(ARGS)
 
-bench: setup ## measure the relay beside others and the limits (ARGS="drain --entries 100000"; ARGS=--help)
+bench: setup ## measure the relay beside others and the limits, all parts (hours; ARGS=drain is one; ARGS=--help)
 	@PYTHONPATH=.:examples $(VENV)/python -m bench $(ARGS)
 
 format: setup ## write the code in the project's format

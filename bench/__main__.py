@@ -1,12 +1,12 @@
-"""`python -m bench PART [options]`: run one part, show and keep its figures."""
+"""`python -m bench [PART] [options]`: run one part or all, show and keep the figures."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -14,22 +14,18 @@ from typing import NoReturn
 import psycopg
 from confluent_kafka import KafkaException
 
-from bench import document
+from bench import document, drain, growth, hot, idle, latency, owner
 from bench.options import Options
-from bench.report import Report
+from bench.part import ENTRIES, Part
 from bench.view import View
 from devstack.processes import ServerError
+from outbox.errors import OutboxError
 
-PARTS: Mapping[str, str] = {
-    "drain": "bench.drain",
-    "hot": "bench.hot",
-    "latency": "bench.latency",
-    "owner": "bench.owner",
-    "growth": "bench.growth",
-    "idle": "bench.idle",
+PARTS: Mapping[str, Part] = {
+    one.name: one for one in (drain.PART, hot.PART, latency.PART, owner.PART, growth.PART, idle.PART)
 }
-"""Each part's module: `run(options) -> Report`, `PEERS` (whom it can measure) and, if it has one, `STAGE_SECONDS`."""
 REPORT = "report"
+_FAILURES = (ServerError, OutboxError, KafkaException, psycopg.Error, OSError, subprocess.TimeoutExpired)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,10 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "part",
+        nargs="?",
         choices=[*PARTS, REPORT],
-        help=f"what to measure; {REPORT}: write docs/performance.md from what was measured last",
+        help=f"what to measure (default: every part, then the report); {REPORT}: write docs/performance.md from what "
+        "was measured last",
     )
-    parser.add_argument("--entries", type=_positive, default=1_000_000, help="rows in one round (default 1,000,000)")
+    parser.add_argument(
+        "--entries", type=_positive, default=ENTRIES, help=f"rows in one round (default {ENTRIES:,}; fewer: a trial)"
+    )
     parser.add_argument("--rounds", type=_positive, default=5, help="rounds whose figures count (default 5)")
     parser.add_argument("--warm-up", type=_whole, default=1, help="rounds before them (default 1)")
     parser.add_argument(
@@ -49,24 +49,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--stage-seconds", type=_seconds, help="how long a steady load, or idleness, is watched")
     parser.add_argument(
-        "--peers", help="whom to measure, with commas; default: all; a wrong one is answered with those"
+        "--peers", help="of one part, whom to measure, with commas; default: all; a wrong one is answered with those"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the servers' directories and logs")
     chosen = parser.parse_args(given)
-    if chosen.peers is not None and chosen.part in PARTS:
-        known = importlib.import_module(PARTS[chosen.part]).PEERS
-        if unknown := [name for name in chosen.peers.split(",") if name not in known]:
-            parser.error(f"{chosen.part} does not measure {', '.join(unknown)}; it measures {', '.join(known)}")
+    parts = [one for one in PARTS.values() if chosen.part in {None, one.name}]
+    if chosen.peers is not None:
+        if len(parts) != 1:
+            parser.error("--peers belongs to one part: name it")
+        if unknown := [name for name in chosen.peers.split(",") if name not in parts[0].peers]:
+            names = ", ".join(parts[0].peers)
+            parser.error(f"{parts[0].name} does not measure {', '.join(unknown)}; it measures {names}")
     signal.signal(signal.SIGTERM, _stop)
+    view = View()
     try:
-        return _report() if chosen.part == REPORT else _measure(chosen, given)
-    except (ServerError, KafkaException, psycopg.Error) as error:
-        print(f"The benchmark failed: {error}", file=sys.stderr)
-        return 1
+        failed = [part.name for part in parts if not _measured(part, chosen, given, view)]
+        if chosen.part in {None, REPORT} and not _reported():
+            failed.append(REPORT)
     except KeyboardInterrupt:
         print("Stopped; nothing is left behind.", file=sys.stderr)
         return 130
+    if failed and chosen.part is None:
+        print(f"Failed: {', '.join(failed)}.", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _whole(text: str) -> int:
@@ -76,6 +82,12 @@ def _whole(text: str) -> int:
     return number
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("it must be a whole number from 1")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     number = float(text)
     if not 0 < number < float("inf"):
@@ -83,40 +95,47 @@ def _seconds(text: str) -> float:
     return number
 
 
-def _report() -> int:
-    written = document.write(list(PARTS))
-    print(f"{document.PAGE}: {', '.join(written) or 'no part has been measured'}", file=sys.stderr)
-    return 0
-
-
-def _measure(chosen: argparse.Namespace, given: Sequence[str]) -> int:
-    module = importlib.import_module(PARTS[chosen.part])
-    if chosen.stage_seconds is None:
-        chosen.stage_seconds = getattr(module, "STAGE_SECONDS", 20.0)
+def _measured(part: Part, chosen: argparse.Namespace, given: Sequence[str], view: View) -> bool:
+    """Run a part, show and keep what it found; whether it did not fail."""
     options = Options(
-        command=shlex.join(["python", "-m", "bench", *given]),
+        command=f'make bench ARGS="{shlex.join(given)}"' if given else "make bench",
         entries=chosen.entries,
         rounds=chosen.rounds,
         warm_up=chosen.warm_up,
         seconds=chosen.seconds,
-        stage_seconds=chosen.stage_seconds,
-        peers=chosen.peers.split(",") if chosen.peers else module.PEERS,
+        stage_seconds=chosen.stage_seconds or part.stage_seconds or 0,
+        peers=chosen.peers.split(",") if chosen.peers else part.peers,
         keep=chosen.keep,
-        view=View(),
+        view=view,
     )
-    report: Report = module.run(options)
-    file = report.save()
-    options.view.result(report.markdown())
-    options.view.step(f"kept in {file}")
+    view.step(f"part: {part.name}")
+    try:
+        report = part.run(options)
+        report.lacks = part.lacks(options)
+        file = report.save()
+    except _FAILURES as error:
+        print(f"{part.name} failed: {error}", file=sys.stderr)
+        return False
+    view.result(report.markdown())
+    if report.lacks:
+        view.step(f"a trial, which does not come into the page: {'; '.join(report.lacks)}")
+    view.step(f"kept in {file}")
     if chosen.json:
         print(json.dumps(report.as_json(), indent=1))
-    return 0
+    return True
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError("it must be a whole number from 1")
-    return int(text)
+def _reported() -> bool:
+    """Write the page from what is kept; whether that did not fail."""
+    try:
+        written, left_out = document.write(list(PARTS))
+    except _FAILURES as error:
+        print(f"The report failed: {error}", file=sys.stderr)
+        return False
+    print(f"{document.PAGE}: {', '.join(written) or 'no part has been measured in full'}", file=sys.stderr)
+    for trial in left_out:
+        print(f"Left out: {trial}", file=sys.stderr)
+    return True
 
 
 def _stop(_number: int, _frame: object) -> NoReturn:

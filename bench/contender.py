@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
+import psycopg
+
+from bench.measure import wait_for
+from bench.topics import Topics
 from bench.workload import Load
 from devstack.postgres import Postgres
 
@@ -53,6 +57,13 @@ class Contender(Protocol):
     def insert(self) -> str:
         """The statement by which a service writes one row, with `%s` for the key and for the state (a text)."""
 
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """What it is made of, beside the servers."""
+
+    def check_alive(self) -> None:
+        """Raise `ServerError`, with the end of its log, when it was begun and has ended by itself."""
+
     def done(self, load: Load, added: int) -> bool:
         """Whether all of a load may have been published, as `added` offsets of the topic say, or as it says itself."""
 
@@ -70,3 +81,16 @@ def prepared(makers: Mapping[str, Callable[[], Contender]], chosen: Sequence[str
             one.prepare()
             found.append(one)
     return found
+
+
+def wait_alive(topics: Topics, contender: Contender, seconds: float) -> None:
+    """Wait until a change goes through: then it is started, and its servers know of it."""
+    before = sum(topics.ends(contender.topic).values())
+    with psycopg.connect(contender.url) as connection:
+        connection.execute(contender.insert.encode(), ("k0", '{"version":0,"note":""}'))
+
+    def went_through() -> bool:
+        contender.check_alive()
+        return sum(topics.ends(contender.topic).values()) > before
+
+    wait_for(went_through, seconds=seconds, what=f"the first record of {contender.name}")

@@ -29,6 +29,8 @@ from devstack.processes import LOOPBACK, Child, ServerError, free_port, tail
 HEAP: Sequence[str] = ("-Xms256M", "-Xmx2G")
 _START_SECONDS = 180.0
 _ANSWER_SECONDS = 120.0
+# A worker that is asked all the time whether it runs would have less time to.
+_LOOK_SECONDS = 5.0
 
 THROUGHPUT: Mapping[str, str] = {
     "max.batch.size": "8192",
@@ -59,6 +61,10 @@ CREATE TABLE outbox (
     payload       text
 )
 """
+
+
+class RefusedError(ServerError):
+    """Kafka Connect does not do what it was asked, or not yet."""
 
 
 class Connect:
@@ -108,16 +114,22 @@ class Connect:
             child.stop(seconds=0)
 
     def _answers(self) -> bool:
-        if self.child is None or self.child.exit_code() is not None:
-            raise ServerError(f"Kafka Connect ended at its start:\n{tail(self._log)}")
+        self.check_alive()
         try:
             self.ask("GET", "/connectors")
-        except (OSError, ServerError):
+        except (OSError, RefusedError):
             return False
         return True
 
+    def check_alive(self) -> None:
+        """The worker has not ended; `ServerError` with the end of its log otherwise."""
+        if self.child is not None and (code := self.child.exit_code()) is not None:
+            raise ServerError(
+                f"Kafka Connect ended by itself (exit code {code}); the end of its log:\n{tail(self._log)}"
+            )
+
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request; its answer. `ServerError` with what it said when it refuses."""
+        """One request; its answer. `RefusedError` with what it said when it refuses."""
         request = urllib.request.Request(
             f"http://{LOOPBACK}:{self._port}{path}",
             method=method,
@@ -128,7 +140,7 @@ class Connect:
             with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
                 read = answer.read()
         except urllib.error.HTTPError as error:
-            raise ServerError(f"Kafka Connect: {method} {path}: {error.code} {error.read().decode()}") from error
+            raise RefusedError(f"Kafka Connect: {method} {path}: {error.code} {error.read().decode()}") from error
         return json.loads(read) if read else None
 
     def create(self, name: str, settings: Mapping[str, str]) -> None:
@@ -137,7 +149,7 @@ class Connect:
         while True:
             try:
                 self.ask("POST", "/connectors", {"name": name, "config": settings, "initial_state": "STOPPED"})
-            except ServerError as error:
+            except RefusedError as error:
                 # A worker that has just joined its group refuses while it rebalances.
                 if " 409 " not in str(error) or time.monotonic() > deadline:
                     raise
@@ -145,20 +157,24 @@ class Connect:
             else:
                 return
 
+    def states(self, name: str) -> tuple[str, list[str]]:
+        """In which state a connector and its tasks are; none while the worker does not say. A failed one raises."""
+        self.check_alive()
+        try:
+            status = self.ask("GET", f"/connectors/{name}/status")
+        except (OSError, RefusedError):
+            return "", []
+        for one in (status["connector"], *status["tasks"]):
+            if one["state"] == "FAILED":
+                trace = one.get("trace", "")[:2000]
+                raise ServerError(f"{name} failed: {trace}\nThe end of its log:\n{tail(self._log)}")
+        return status["connector"]["state"], [task["state"] for task in status["tasks"]]
+
     def wait_state(self, name: str, state: str) -> None:
         """Wait until a connector, and its task unless it is stopped, is in this state."""
 
         def there() -> bool:
-            try:
-                status = self.ask("GET", f"/connectors/{name}/status")
-            except ServerError:
-                return False
-            tasks = [task["state"] for task in status["tasks"]]
-            if "FAILED" in tasks:
-                raise ServerError(f"The task of {name} failed: {status['tasks'][0].get('trace', '')[:2000]}")
-            if state == "STOPPED":
-                return status["connector"]["state"] == state and not tasks
-            return status["connector"]["state"] == state and tasks == [state]
+            return self.states(name) == (state, [] if state == "STOPPED" else [state])
 
         wait_for(there, seconds=_ANSWER_SECONDS, what=f"that {name} is {state} (see {self._log})")
 
@@ -178,7 +194,7 @@ class Debezium:
         self._servers = servers
         self._connect = connect
         self._settings = {**tuning, **BOUNDARIES[boundary]}
-        self._boundary = boundary
+        self._asked = 0.0
         self.postgres = servers.postgres(f"postgres-{self._id}", wal_level="logical")
         self.url = servers.database(self.postgres, "bench")
 
@@ -215,14 +231,26 @@ class Debezium:
             },
         )
         self.begin()
-        self._connect.wait_state(self._id, "RUNNING")
-        wait_for(self._slot_active, seconds=_ANSWER_SECONDS, what="Debezium's replication slot")
+        self.wait_running()
         self.end()
 
-    def _slot_active(self) -> bool:
+    def wait_running(self) -> None:
+        """Wait until the connector and its task run, and read from the replication slot."""
+        self._connect.wait_state(self._id, "RUNNING")
+
+        def reads() -> bool:
+            self.check_alive()
+            with psycopg.connect(self.url) as connection:
+                row = connection.execute("SELECT active FROM pg_replication_slots").fetchone()
+            return bool(row and row[0])
+
+        wait_for(reads, seconds=_ANSWER_SECONDS, what="Debezium's replication slot")
+
+    def confirmed(self) -> int:
+        """Up to where of the write-ahead log it has said that all is published, in bytes."""
         with psycopg.connect(self.url) as connection:
-            row = connection.execute("SELECT active FROM pg_replication_slots").fetchone()
-        return bool(row and row[0])
+            row = connection.execute("SELECT confirmed_flush_lsn - '0/0' FROM pg_replication_slots").fetchone()
+        return int(row[0] or 0) if row else 0
 
     def fill(self, load: Load) -> None:
         """Write rows; those of the round before are gone."""
@@ -244,6 +272,13 @@ class Debezium:
         self._connect.ask("PUT", f"/connectors/{self._id}/stop")
         self._connect.wait_state(self._id, "STOPPED")
 
+    def check_alive(self) -> None:
+        """The worker runs, and, asked now and then, the connector and its task have not failed."""
+        self._connect.check_alive()
+        if time.monotonic() - self._asked > _LOOK_SECONDS:
+            self._asked = time.monotonic()
+            self._connect.states(self._id)
+
     def close(self) -> None:
         """Nothing runs but in the worker."""
 
@@ -261,6 +296,11 @@ class Debezium:
     def insert(self) -> str:
         """As documented, without the delete that usually follows."""
         return "INSERT INTO outbox (aggregatetype, aggregateid, type, payload) VALUES ('thing', %s, 'changed', %s)"
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Itself, and the worker that it runs in."""
+        return install.debezium()
 
     def done(self, load: Load, added: int) -> bool:
         """A record for each row."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import install
-from bench.report import DIRECTORY, Report
+from bench.report import DIRECTORY, TRIALS, Report
 from devstack.install import ROOT, InstallError, run
 from devstack.processes import ServerError
 
@@ -15,43 +15,56 @@ PAGE = ROOT / "docs" / "performance.md"
 
 _HEAD = """# Performance
 
-What `make bench` measured: the relay beside what one would take instead, and beside the limits, in one run on one
-machine. The figures of another machine differ; the ratios, taken round by round, are what counts. A cell shows the
-median of the rounds, and the least and the most of them.
+What `make bench` measured: the relay beside what one would take instead, and beside the limits. Each part is one run
+on one machine, in interleaved rounds; each section says the commit that was measured, and the machine. The figures of
+another machine differ; the ratios, taken round by round, are what counts. A cell shows the median of the rounds, and
+the least and the most of them.
 
-`make bench ARGS="drain"` runs one part (`ARGS=--help` lists them), `make bench ARGS=report` writes this page from what
-was measured last. Everything runs on one machine over its loopback interface: load, PostgreSQL, Kafka and the contender
-share its cores, so the limits, which leave one of the servers idle, are out of reach by as much as that server takes.
+`make bench` runs every part and writes this page, `make bench ARGS="drain"` runs one part (`ARGS=--help` lists them),
+`make bench ARGS=report` writes this page from the full runs that were measured last. Everything runs on one machine
+over its loopback interface: load, PostgreSQL, Kafka and the contender share its cores, so the limits, which leave one
+of the servers idle, are out of reach by as much as that server takes.
 """
 
 
-def write(parts: Sequence[str], page: Path = PAGE, kept: Path = DIRECTORY) -> list[str]:
-    """Write the sections of those parts that have figures, and their pictures; the names of those parts.
+def write(parts: Sequence[str], page: Path = PAGE, kept: Path = DIRECTORY) -> tuple[list[str], list[str]]:
+    """Write the sections of those parts that have figures of a full run, and their pictures.
 
-    A section that is not there yet comes to the end. Raises `ServerError` when nothing can be drawn.
+    The names of those parts, and of the trials that are newer what they lack. A section that is not there yet comes to
+    the end. Raises `ServerError` when nothing can be drawn.
     """
     text = page.read_text("utf-8") if page.exists() else _HEAD
     written: list[str] = []
+    left_out: list[str] = []
     for part in parts:
-        file = kept / f"{part}.json"
-        if not file.exists():
+        report = _kept(kept / f"{part}.json")
+        trial = _kept(kept / TRIALS / f"{part}.json")
+        if trial is not None and (report is None or report.at < trial.at):
+            left_out.append(f"{part} of {trial.at}, a trial: {'; '.join(trial.lacks)}")
+        if report is None:
             continue
-        report = Report.load(file)
-        if not (report.series or report.ratios):
-            raise ServerError(f"{file} has no figures: measure the part again.")
         picture = page.with_name(f"performance-{part}.svg")
-        if report.chart is not None:
-            _draw(file, picture)
-        text = _put(text, part, _section(report, picture.name if report.chart else None))
+        if report.panels:
+            _draw(kept / f"{part}.json", picture)
+        text = _put(text, part, _section(report, picture.name))
         written.append(part)
-    page.write_text(text, "utf-8")
-    return written
+    if written:
+        page.write_text(text, "utf-8")
+    return written, left_out
 
 
-def _section(report: Report, picture: str | None) -> str:
+def _kept(file: Path) -> Report | None:
+    try:
+        return Report.load(file) if file.exists() else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ServerError(f"{file} is not what this version keeps: measure the part again.") from error
+
+
+def _section(report: Report, picture: str) -> str:
     lines = [f"## {report.title}", ""]
-    if picture is not None:
-        lines += [f"![{report.chart} of each contender]({picture})", ""]
+    if report.panels:
+        figures = ", ".join(dict.fromkeys(figure for panel in report.panels for figure in panel.figures))
+        lines += [f"![{report.title}: {figures}]({picture})", ""]
     origin = f"`{report.command}` at {report.commit}, {report.at}: {_listed(report.options)}"
     lines += [report.markdown(), "", f"{origin}. {_listed(report.machine)}. {_listed(report.versions)}."]
     return "\n".join(lines)

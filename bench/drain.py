@@ -1,4 +1,4 @@
-"""Part 1, drain: how fast a backlog of entries with distinct keys is published, beside Debezium, a peer, the limits."""
+"""Part 1, drain: how fast a backlog of distinct keys is published, beside Debezium, txoutbox and the limits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
-from bench import install, limits
+from bench import limits
 from bench.contender import Contender, prepared
 from bench.debezium import Connect, Debezium
-from bench.measure import Meter, usage
+from bench.measure import Meter, turned, usage
 from bench.options import Options
+from bench.part import Part
 from bench.relay import Relay
 from bench.report import Report, Series
 from bench.servers import Servers, servers
@@ -56,6 +58,7 @@ def drain_once(
         starts,
         began=began,
         done=lambda added: contender.done(load, added),
+        check=contender.check_alive,
         seconds=seconds,
     )
     # A process of this round alone is counted from its start, one that was warm from the start signal.
@@ -63,7 +66,7 @@ def drain_once(
     peak = meter.peak_bytes() + sum(usage(pid).peak_bytes for pid in started.values())
     cpu = own | server_meter.cpu_seconds()
     contender.end()
-    delivered = servers.topics.judge(contender.topic, starts)
+    delivered = servers.topics.judge({contender.topic: starts})
     load.check(
         delivered,
         exactly_once=contender.exactly_once,
@@ -106,31 +109,30 @@ def run(options: Options) -> Report:
     with ExitStack() as stack:
         view.step("starting the servers")
         those = stack.enter_context(servers(stack.enter_context(options.work())))
-        peers = contenders(those, options.peers)
-        base = 0
-        for number in range(-options.warm_up, options.rounds):
-            view.step(f"round {number + 1} of {options.rounds}" if number >= 0 else "warming up")
-            load = Load(options.entries, options.entries, base=base)
-            base += options.entries
-            for peer in _turned(peers, number):
-                one = drain_once(peer, load, those, seconds=options.seconds, told=view.step)
-                if number >= 0:
-                    runs.setdefault(peer.name, []).append(one)
-                if peer.name == RELAY and COPY in options.peers:
-                    _keep(reached, number, COPY, limits.copy_out(peer.url, load, those.directory), view.step)
-            if PRODUCER in options.peers:
-                sample = limits.write_sample(load, those.postgres("postgres").url(), those.directory)
-                limit = limits.producer_performance(those.kafka, those.topics, load, sample)
-                _keep(reached, number, PRODUCER, limit, view.step)
-        report.versions = those.versions() | install.versions()
+        compared = contenders(those, options.peers)
+
+        def drain(contender: Contender, number: int, load: Load) -> None:
+            one = drain_once(contender, load, those, seconds=options.seconds, told=view.step)
+            if number >= 0:
+                runs.setdefault(contender.name, []).append(one)
+            if contender.name == RELAY and COPY in options.peers:
+                _keep(reached, number, COPY, limits.copy_out(contender.url, load, those.directory), view.step)
+
+        def produce(number: int, load: Load) -> None:
+            sample = limits.write_sample(load, those.postgres("postgres").url(), those.directory)
+            limit = limits.producer_performance(those.kafka, those.topics, load, sample)
+            _keep(reached, number, PRODUCER, limit, view.step)
+
+        takes: list[Callable[[int, Load], None]] = [partial(drain, one) for one in compared]
+        if PRODUCER in options.peers:
+            takes.append(produce)
+        for number in options.numbers():
+            load = Load(options.entries, options.entries, base=(number + options.warm_up) * options.entries)
+            for take in turned(takes, number):
+                take(number, load)
+        report.versions = those.versions(compared)
     _tell(report, options, runs, reached)
     return report
-
-
-def _turned(peers: list[Contender], number: int) -> list[Contender]:
-    """Another one begins in each round."""
-    place = number % len(peers) if peers else 0
-    return peers[place:] + peers[:place]
 
 
 def _keep(
@@ -156,7 +158,6 @@ def tell_runs(report: Report, entries: int, runs: Mapping[str, list[Run]]) -> No
         for server in ("PostgreSQL", "Kafka"):
             add(who, f"{server}'s CPU", "s", [one.cpu[server] * per_million for one in rounds], 2)
         add(who, "records", "", [float(one.delivered.records) for one in rounds])
-    report.chart = RATE
 
 
 def _tell(
@@ -169,6 +170,7 @@ def _tell(
         report.series.append(Series(who, RATE, "", [one.rate for one in of_limit]))
         cpu = [one.usage.cpu_seconds * per_million for one in of_limit]
         report.series.append(Series(who, CPU, "s", cpu, 2))
+    report.panel(RATE)
     if RELAY not in runs:
         return
     rate = report.of(RELAY, RATE)
@@ -203,3 +205,6 @@ def _tell(
 def _steps(details: Mapping[str, float]) -> dict[str, float]:
     names = ("read", "prepare", "produce", "flush", "commit")
     return {name: details.get(f"{name}_seconds", 0.0) for name in names}
+
+
+PART = Part(NAME, run, PEERS, by_entries=True)

@@ -2,9 +2,9 @@
 
 Each round drains the same number of new entries, by the relay as a user runs it, from a fresh outbox and from ones
 that have a past: ten times as many entries retained and published; 100 entity types; a transaction open meanwhile; a
-ring that has gone round a hundred times. The rates are ratios to the fresh one's of the same round. Beside them: rows
-that the server looked at for each entry published, by its own count (it tells whether every query uses its index),
-dead rows, and how long `outbox status` takes.
+ring that has gone round a hundred times; all new entries late, of one transaction that others have overtaken. The rates
+are ratios to the fresh one's of the same round. Beside them: rows that the server looked at for each entry published,
+by its own count, what it counts of rows that died, and how long `outbox status` takes. The topics are read back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,54 +20,63 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from bench.measure import wait_for
+from bench.measure import turned, wait_for
 from bench.options import Options
+from bench.part import Part
 from bench.relay import Relay
 from bench.report import Report, Series
 from bench.servers import Servers, servers
 from bench.topics import PARTITIONS
+from bench.workload import Load
 from devstack.processes import ServerError
 
 NAME = "growth"
-FRESH, RETAINED, TYPES, OPEN, RING = "fresh", "retained", "types", "open", "ring"
-PEERS = (FRESH, RETAINED, TYPES, OPEN, RING)
+FRESH, RETAINED, TYPES, OPEN, RING, LATE = "fresh", "retained", "types", "open", "ring", "late"
+PEERS = (FRESH, RETAINED, TYPES, OPEN, RING, LATE)
+"""`fresh` is always measured: it is what the others are compared with."""
 RATE = "entries/s"
 AIM = 0.9
 MANY_TYPES = 100
 LAPS = 100
 SLOTS = 12
-STATE = "x" * 220
-"""With key, type and the rest an entry of about 280 bytes."""
+OTHERS = 1000
+"""Entries that overtake a late transaction."""
+STATE = "x" * 280
+"""The state of what was published long ago, as large as those that are drained."""
+DEAD = ("n_dead_tup", "n_tup_upd", "n_tup_del")
+_COLUMNS = ("type", "key", "state")
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
     """One drain: entries a second, what the server counted meanwhile, and the relay's own times.
 
-    `looked_at` are rows of the log that were fetched by an index for each entry published, `walked` rows that were
-    read without one, in all. `reading` and `committing`: seconds of reading, and of producing and committing; they
-    overlap, since the next batch is read while one is committed.
+    `looked_at` are rows of the log that were fetched by an index for each entry published. `reading` and `committing`:
+    seconds of reading, and of producing and committing; they overlap, since the next batch is read while one is
+    committed.
     """
 
     rate: float
     looked_at: float
-    walked: int
     reading: float
     committing: float
 
 
 class Past:
-    """An outbox with a past, and its topics. Drained by `drain`, which first writes what there is to drain."""
+    """An outbox with a past, and its topics. Drained by `drain`, which first writes what there is to drain.
 
-    def __init__(self, servers: Servers, name: str, *, types: int = 1) -> None:
-        self.types = types
+    `late`: what is drained is of one transaction, which others have overtaken.
+    """
+
+    def __init__(self, servers: Servers, name: str, *, types: int = 1, late: bool = False) -> None:
+        self.late = late
         self.relay = Relay(servers, name=name)
+        servers.stack.callback(self.relay.close)
+        self._topics = servers.topics
+        self._base = 0
         self._database = self.relay.url.rpartition("/")[2]
-        self.relay.prepare(
-            slots=SLOTS,
-            types={f"type{n}": f"{self.relay.topic}.type{n}" for n in range(types)},
-            partitions=PARTITIONS if types == 1 else 1,
-        )
+        self._types = {f"type{n}": f"{self.relay.topic}.type{n}" for n in range(types)}
+        self.relay.prepare(slots=SLOTS, types=self._types, partitions=PARTITIONS if types == 1 else 1)
 
     def begin(self) -> None:
         """Publish a little, so that there is a position: the start of a log is read by a simpler query."""
@@ -122,67 +131,89 @@ class Past:
 
     # -- a drain -------------------------------------------------------------------------------------------------
 
-    def write(self, count: int) -> None:
+    def write(self, count: int) -> Load:
         """So many new entries of distinct keys, over all types."""
+        load = self._load(count)
+        load.fill(self.relay.url, "outbox.entries", _COLUMNS, self._values(load))
+        return load
+
+    def write_late(self, count: int) -> Load:
+        """The same in one transaction, during which others are written and published."""
+        load = self._load(count)
         with psycopg.connect(self.relay.url, autocommit=True) as connection:
-            connection.execute(
-                "INSERT INTO outbox.entries (type, key, state)"
-                " SELECT 'type' || n %% %s, 'key' || n, convert_to(%s, 'UTF8') FROM generate_series(1, %s) n",
-                [self.types, STATE, count],
-            )
+            with connection.transaction():
+                statement = (
+                    f"INSERT INTO outbox.entries ({', '.join(_COLUMNS)}) SELECT {', '.join(self._values(load))}"
+                    f" FROM generate_series(1, {count}) n"
+                )
+                connection.execute(statement.encode())
+                self.write(OTHERS)
+                self.relay.command("relay", "--until-caught-up")
             # What writing left to be written must not be written while somebody is measured.
             connection.execute("CHECKPOINT")
+        return load
+
+    def _load(self, count: int) -> Load:
+        base, self._base = self._base, self._base + count
+        return Load(count, count, base=base)
+
+    def _values(self, load: Load) -> Sequence[str]:
+        return f"'type' || n % {len(self._types)}", load.key_sql, f"convert_to({load.state_sql}, 'UTF8')"
 
     def drain(self, count: int, seconds: float) -> Drain:
-        """Write, then publish; the rate from the moment that the relay holds the shard."""
-        self.write(count)
+        """Write, then publish, and judge the topics; the rate from the moment that the relay holds the shard."""
+        load = self.write_late(count) if self.late else self.write(count)
+        starts = {topic: self._topics.ends(topic) for topic in self._types.values()}
         before = self._counted()
         self.relay.begin()
-        wait_for(
-            lambda: sum(event["entries"] for event in self.relay.events("relay.published")) >= count,
-            seconds=seconds,
-            what=f"that all entries of {self.relay.name} are published",
-            pause=0.2,
-        )
+
+        def published() -> bool:
+            self.relay.check_alive()
+            return bool(sum(event["entries"] for event in self.relay.events("relay.published")) >= count)
+
+        wait_for(published, seconds=seconds, what=f"that {self.relay.name} has published all", pause=0.2)
         self.relay.end()
-        published = list(self.relay.events("relay.published"))
-        (held,) = self.relay.events("relay.holds")
-        entries = sum(event["entries"] for event in published)
-        if entries != count:
-            raise ServerError(f"{entries} entries of {self.relay.name} were published, {count} were written.")
+        events = list(self.relay.events("relay.published"))
+        held = list(self.relay.events("relay.holds"))
+        if len(held) != 1:
+            raise ServerError(f"The relay of {self.relay.name} took its shard {len(held)} times in one drain.")
+        load.check(self._topics.judge(starts), exactly_once=True, collapsed=False, who=self.relay.name)
         after = self._counted()
-        took = (_at(published[-1]) - _at(held)).total_seconds()
+        walked = after[1] - before[1]
+        if walked:
+            raise ServerError(f"{self.relay.name}: {walked} rows of the log were read without an index.")
         return Drain(
-            entries / took,
+            count / (_at(events[-1]) - _at(held[0])).total_seconds(),
             (after[0] - before[0]) / count,
-            after[1] - before[1],
-            sum(event["read_seconds"] for event in published),
-            sum(event["produce_seconds"] + event["commit_seconds"] for event in published),
+            sum(event["read_seconds"] for event in events),
+            sum(event["produce_seconds"] + event["commit_seconds"] for event in events),
         )
 
     def _counted(self) -> tuple[int, int]:
-        """Rows of the log that indexes led to, and rows that were read without one."""
-        indexed, walked = self._sum("idx_tup_fetch", "seq_tup_read")
-        return indexed, walked
+        """Rows of the log that indexes led to, and rows that were read without one; of sessions that have ended."""
 
-    def dead(self) -> int:
-        """Rows of the log that publishing changed or removed, and dead rows, by the server's own count."""
-        return sum(self._sum("n_dead_tup", "n_tup_upd", "n_tup_del"))
+        def ended() -> bool:
+            with psycopg.connect(self.relay.url) as connection:
+                row = connection.execute(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND application_name LIKE 'outbox-%'"
+                ).fetchone()
+            return row == (0,)
 
-    def size(self) -> tuple[int, int]:
-        """How many rows the log has, by statistics, and its bytes."""
-        rows, size = self._sum("n_live_tup", "pg_total_relation_size(relid)")
-        return rows, size
+        # A session says what it did when it ends, a moment after its client has gone.
+        wait_for(ended, seconds=30, what=f"the end of the relay's session in {self._database}")
+        counted = self.counts("idx_tup_fetch", "seq_tup_read")
+        return counted["idx_tup_fetch"], counted["seq_tup_read"]
 
-    def _sum(self, *columns: str) -> tuple[int, ...]:
-        """Of columns of `pg_stat_user_tables`, over the log's tables."""
+    def counts(self, *columns: str) -> dict[str, int]:
+        """Of columns of `pg_stat_user_tables`, the sums over the log's tables."""
         chosen = ", ".join(f"coalesce(sum({column}), 0)::bigint" for column in columns)
         with psycopg.connect(self.relay.url) as connection:
             row = connection.execute(
                 f"SELECT {chosen} FROM pg_stat_user_tables"
                 " WHERE schemaname = 'outbox' AND relname LIKE 'entries%'".encode()
             ).fetchone()
-        return tuple(map(int, row or ()))
+        return dict(zip(columns, map(int, row or ()), strict=True))
 
     def status_seconds(self) -> float:
         """How long the command takes, with its start."""
@@ -211,6 +242,7 @@ def run(options: Options) -> Report:
         options.command,
         {"entries": options.entries, "rounds": options.rounds, "warm-up rounds": options.warm_up},
     )
+    drains: dict[str, list[Drain]] = {}
     with ExitStack() as stack:
         view.step("starting the servers")
         those = stack.enter_context(servers(stack.enter_context(options.work())))
@@ -220,43 +252,39 @@ def run(options: Options) -> Report:
             connection = stack.enter_context(psycopg.connect(pasts[OPEN].relay.url))
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             connection.execute("INSERT INTO outbox.entries (type, key, state) VALUES ('type0', 'open', '{}')")
-        before = {name: past.dead() for name, past in pasts.items()}
-        drains: dict[str, list[Drain]] = {}
-        fresh: Past | None = None
-        for number in range(-options.warm_up, options.rounds):
-            view.step(f"round {number + 1} of {options.rounds}" if number >= 0 else "warming up")
-            if fresh is not None:
-                fresh.drop()
-            fresh = Past(those, f"fresh{number + options.warm_up}")
+        for number in options.numbers():
+            if FRESH in pasts:
+                pasts.pop(FRESH).drop()
+            fresh = Past(those, f"{FRESH}{number + options.warm_up}")
             fresh.begin()
-            # In turn another order: who comes after whom must not tell.
-            turn = {FRESH: fresh, **pasts}
-            for name in turn if number % 2 == 0 else reversed(turn):
-                one = turn[name].drain(options.entries, options.seconds)
+            pasts = {FRESH: fresh, **pasts}
+            for name in turned(list(pasts), number):
+                one = pasts[name].drain(options.entries, options.seconds)
                 view.step(f"{name}: {one.rate:,.0f} entries/s, {one.looked_at:.2f} rows looked at for each")
                 if number >= 0:
                     drains.setdefault(name, []).append(one)
-        last = {**({FRESH: fresh} if fresh is not None else {}), **pasts}
         for name, of_name in drains.items():
-            _tell(report, name, of_name, last[name])
-        dead = sum(past.dead() - before.get(name, 0) for name, past in last.items())
-        report.notes.append(
-            "Rows of the log that publishing changed, removed or left dead, by pg_stat_user_tables, in all of them: "
-            f"{dead}."
-        )
-        report.versions = those.versions()
+            _tell(report, name, of_name, pasts[name])
+        report.versions = those.versions([past.relay for past in pasts.values()])
     for name in PEERS[1:]:
         if name in drains:
             mine, theirs = report.of(f"relay, {name}", RATE), report.of(f"relay, {FRESH}", RATE)
             report.ratio(f"rate: {name} / {FRESH}", mine, theirs, aim=AIM)
-    report.chart = RATE
+    report.panel(RATE)
+    dead = sum(sum(report.of(f"relay, {name}", column)[0] for column in DEAD) for name in drains)
     report.notes += [
-        f"{RETAINED}: {retained:,} published entries are in the table.",
-        f"{TYPES}: {MANY_TYPES} entity types with a topic each.",
-        f"{OPEN}: a transaction with an entry is open from before the first round to after the last one.",
-        f"{RING}: each of its {SLOTS} slots was filled and truncated {LAPS} times before.",
+        f"Rows of the log that publishing changed, removed or left dead, by pg_stat_user_tables, in all: {dead:.0f}.",
+        "Every row of the log that was read was found by an index, by the server's own count; otherwise a run fails.",
         "Reading goes on beside the commit of the batch before it.",
     ]
+    told = {
+        RETAINED: f"{retained:,} published entries are in the table.",
+        TYPES: f"{MANY_TYPES} entity types with a topic each.",
+        OPEN: "a transaction with an entry is open from before the first round to after the last one.",
+        RING: f"each of its {SLOTS} slots was filled and truncated {LAPS} times before.",
+        LATE: f"a round's entries are of one transaction, open while {OTHERS:,} others were written and published.",
+    }
+    report.notes += [f"{name}: {text}" for name, text in told.items() if name in drains]
     return report
 
 
@@ -266,7 +294,7 @@ def _pasts(options: Options, those: Servers, retained: int) -> dict[str, Past]:
     for name in options.peers:
         if name != FRESH:
             options.view.step(f"making the past: {name}")
-            pasts[name] = Past(those, name, types=MANY_TYPES if name == TYPES else 1)
+            pasts[name] = Past(those, name, types=MANY_TYPES if name == TYPES else 1, late=name == LATE)
     if RETAINED in pasts:
         pasts[RETAINED].retain(retained)
     if RING in pasts:
@@ -284,10 +312,14 @@ def _tell(report: Report, name: str, drains: list[Drain], past: Past) -> None:
     add("reading", "s", lambda one: one.reading, 2)
     add("producing and committing", "s", lambda one: one.committing, 2)
     add("rows looked at for an entry", "", lambda one: one.looked_at, 2)
-    add("rows read without an index", "", lambda one: float(one.walked), 0)
-    rows, size = past.size()
+    counts = past.counts("n_live_tup", *DEAD, "pg_total_relation_size(relid)")
+    size = counts.pop("pg_total_relation_size(relid)")
+    for column, count in counts.items():
+        report.series.append(Series(f"relay, {name}", column, "", [float(count)]))
     report.series += [
-        Series(f"relay, {name}", "rows at the end", "", [float(rows)]),
         Series(f"relay, {name}", "size", "GB", [size / 1e9], 2),
         Series(f"relay, {name}", "outbox status", "s", [past.status_seconds()], 2),
     ]
+
+
+PART = Part(NAME, run, PEERS, by_entries=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from bench import install
-from bench.debezium import Debezium
+from bench.contender import Contender
 from bench.drain import DEBEZIUM_INTERVAL, DEBEZIUM_POLL, RATE, RELAY, Run, contenders, drain_once, tell_runs
+from bench.measure import turned
 from bench.options import Options
+from bench.part import Part
 from bench.relay import Relay
 from bench.report import Report
 from bench.servers import servers
@@ -32,27 +33,29 @@ def run(options: Options) -> Report:
     with ExitStack() as stack:
         view.step("starting the servers")
         those = stack.enter_context(servers(stack.enter_context(options.work())))
-        peers = contenders(those, options.peers)
+        compared = contenders(those, options.peers)
+        takes: list[tuple[str, Contender]] = [(one.name, one) for one in compared]
+        takes += [(DISTINCT, one) for one in compared if isinstance(one, Relay)]
         base = 0
-        for number in range(-options.warm_up, options.rounds):
-            view.step(f"round {number + 1} of {options.rounds}" if number >= 0 else "warming up")
-            for peer in peers if number % 2 else reversed(peers):
-                loads = {peer.name: Load(options.entries, KEYS, base=base)}
-                if isinstance(peer, Relay):
-                    loads[DISTINCT] = Load(options.entries, options.entries, base=base + options.entries)
-                for name, load in loads.items():
-                    one = drain_once(peer, load, those, seconds=options.seconds, told=view.step)
-                    if number >= 0:
-                        runs.setdefault(name, []).append(one)
-            base += 2 * options.entries
-        report.versions = those.versions() | install.versions()
-        tell_runs(report, options.entries, runs)
-        if RELAY in runs:
-            rate = report.of(RELAY, RATE)
-            report.ratio("rate: hot keys / distinct keys", rate, report.of(DISTINCT, RATE), aim=1.5)
-            for peer in peers:
-                if isinstance(peer, Debezium):
-                    report.ratio(f"rate: relay / {peer.name}", rate, report.of(peer.name, RATE))
-                    written, theirs = report.of(RELAY, "records"), report.of(peer.name, "records")
-                    report.ratio(f"records written: relay / {peer.name}", written, theirs, at_least=False)
+        for number in options.numbers():
+            for name, contender in turned(takes, number):
+                load = Load(options.entries, options.entries if name == DISTINCT else KEYS, base=base)
+                base += options.entries
+                one = drain_once(contender, load, those, seconds=options.seconds, told=view.step)
+                if number >= 0:
+                    runs.setdefault(name, []).append(one)
+        report.versions = those.versions(compared)
+    tell_runs(report, options.entries, runs)
+    report.panel(RATE)
+    if RELAY in runs:
+        rate = report.of(RELAY, RATE)
+        report.ratio("rate: hot keys / distinct keys", rate, report.of(DISTINCT, RATE), aim=1.5)
+        for who in runs:
+            if who not in {RELAY, DISTINCT}:
+                report.ratio(f"rate: relay / {who}", rate, report.of(who, RATE))
+                written, theirs = report.of(RELAY, "records"), report.of(who, "records")
+                report.ratio(f"records written: relay / {who}", written, theirs, at_least=False)
     return report
+
+
+PART = Part(NAME, run, PEERS, by_entries=True)

@@ -33,7 +33,7 @@ def connect() -> None:
 
 
 def python_packages() -> None:
-    """The Python peer and what draws the plots, in an environment of their own; `ServerError` when it fails."""
+    """The contender in Python and what draws the plots, in an environment of their own; `ServerError` when it fails."""
     stamp = VENV / "lock.stamp"
     value = install.digest("{}.{}".format(*sys.version_info[:2]).encode(), _LOCK.read_bytes())
     if install.holds(stamp, value):
@@ -52,12 +52,14 @@ def python_packages() -> None:
     stamp.write_text(value + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Of what is compared, as pinned."""
+def debezium() -> dict[str, str]:
+    """The versions of Debezium and Kafka Connect, as pinned."""
     pom = _POM.read_text()
-    found = {
-        "Debezium": re.search(r"<debezium.version>(.*?)<", pom),
-        "Kafka and Kafka Connect": re.search(r"<kafka.version>(.*?)<", pom),
-        "txoutbox": re.search(r"^txoutbox==(\S+)", _LOCK.read_text(), re.MULTILINE),
-    }
-    return {name: match[1] for name, match in found.items() if match}
+    named = {"Debezium": "debezium", "Kafka Connect": "kafka"}
+    return {name: re.findall(rf"<{which}.version>(.*?)<", pom)[0] for name, which in named.items()}
+
+
+def locked(*packages: str) -> dict[str, str]:
+    """The versions of Python packages, as pinned."""
+    lock = _LOCK.read_text()
+    return {name: re.findall(rf"^{name}==(\S+)", lock, re.MULTILINE)[0] for name in packages}

@@ -1,8 +1,8 @@
 """Part 3, latency: from the commit in the service to the receipt by a `read_committed` consumer.
 
 The time of sending is taken when the commit has returned in the service: from then on the service may tell others of
-its change, and nobody waits for what came before. (What was taken just before the insert is kept too; it adds the
-time of the owner's transaction, the same for all.) A bare Kafka transaction is timed from its beginning.
+its change, and nobody waits for what came before. (What was taken just before the insert is shown too; it adds
+the time of the owner's transaction.) A bare Kafka transaction is timed from its beginning.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
-from bench import install
-from bench.contender import Contender, prepared
+from bench.contender import Contender, prepared, wait_alive
 from bench.debezium import LATENCY, Connect, Debezium
-from bench.measure import Meter, percentile, wait_for
+from bench.measure import Meter, Spread, percentile, turned, wait_for
 from bench.options import Options
+from bench.part import Part
 from bench.relay import Relay
-from bench.report import Report, Series
+from bench.report import Panel, Report, Series
 from bench.servers import Servers, servers
 from bench.txoutbox import Txoutbox
-from bench.workload import run as execute
 from devstack.install import ROOT
 from devstack.processes import Child, ServerError, tail
 
@@ -37,25 +37,31 @@ RELAY, DEBEZIUM, TXOUTBOX, BARE = "relay", "debezium", "txoutbox", "bare"
 PEERS = (RELAY, DEBEZIUM, TXOUTBOX, BARE)
 BARE_NAME = "bare Kafka transaction"
 IDLE = "idle"
+STAGE_SECONDS = 20.0
 _WARM_SECONDS = 2.0
+# How long the receiver waits for the next record before it gives up.
+_PATIENCE_SECONDS = 30
+# Writers that kept less than this share of a rate did not show what the rate does.
+_KEPT = 0.95
 _STEPS = ("read", "prepare", "produce", "flush", "commit")
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A rate of changes a second, and over how many connections they are written."""
+    """A rate of changes a second, and over how many connections, by how many processes, they are written."""
 
     name: str
     rate: float
-    connections: int
+    connections: int = 1
+    writers: int = 1
 
 
-STAGES: Sequence[Stage] = (Stage(IDLE, 20, 1), Stage("1,000/s", 1000, 4), Stage("5,000/s", 5000, 16))
+STAGES: Sequence[Stage] = (Stage(IDLE, 20), Stage("1,000/s", 1000, 4, 2), Stage("5,000/s", 5000, 16, 4))
 
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """One stage of one contender: seconds, in order. `sent` is the rate that the writer kept; `cpu` of a core."""
+    """One stage of one contender: seconds, in order. `sent` is the rate that the writers kept; `cpu` of a core."""
 
     after_commit: Sequence[float]
     before_insert: Sequence[float]
@@ -64,8 +70,17 @@ class Latencies:
     steps: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """One of the traffic's, and the files that it writes."""
+
+    child: Child
+    out: Path
+    log: Path
+
+
 class Traffic:
-    """Starts the writer and the receiver of `bench.traffic`, and puts together what they saw."""
+    """Starts the writers and the receiver of `bench.traffic`, and puts together what they saw."""
 
     def __init__(self, servers: Servers, seconds: float) -> None:
         self._servers = servers
@@ -73,38 +88,47 @@ class Traffic:
         self._base = 0
         self._runs = 0
 
-    def _start(self, role: str, **given: Any) -> tuple[Child, Path, Path]:
-        self._runs += 1
-        out = self._servers.directory / f"traffic-{role}-{self._runs}.bin"
-        log = out.with_suffix(".log")
-        command = [sys.executable, "-m", "bench.traffic", role, json.dumps({**given, "out": str(out)})]
-        child = Child(command, log=log, cwd=ROOT)
-        self._servers.stack.callback(child.stop, seconds=0)
-        return child, out, log
+    def changes(self, contender: Contender, stage: Stage) -> Latencies:
+        """Write changes for a contender that runs."""
+        given = {"url": contender.url, "insert": contender.insert, "connections": stage.connections}
+        writers = [
+            ("writer", {**given, "places": list(range(place, stage.connections, stage.writers))})
+            for place in range(stage.writers)
+        ]
+        return self._measure(contender.topic, stage, writers, contender.check_alive, contender.pids)
 
-    def _finish(self, child: Child, out: Path, log: Path, width: int) -> list[tuple[int, ...]]:
-        if not child.wait(self._seconds * 4 + 120) or child.exit_code() != 0:
-            raise ServerError(f"The traffic failed (exit code {child.exit_code()}):\n{tail(log)}")
-        values = array("q")
-        values.frombytes(out.read_bytes())
-        out.unlink()
-        return list(zip(*(values[place::width] for place in range(width)), strict=True))
+    def transactions(self, stage: Stage) -> Latencies:
+        """Bare Kafka transactions."""
+        topic, positions = "bench.bare", "bench.bare-positions"
+        self._servers.topics.make(topic)
+        self._servers.topics.make(positions, partitions=1)
+        return self._measure(topic, stage, [("transactions", {"positions": positions})], lambda: None, {})
 
-    def measure(self, topic: str, stage: Stage, role: str, meter: Callable[[], Meter], **given: Any) -> Latencies:
-        """One stage: wait for what is sent, send, and compare the times."""
-        topics = self._servers.topics
+    def _measure(
+        self,
+        topic: str,
+        stage: Stage,
+        senders: Sequence[tuple[str, Mapping[str, Any]]],
+        check: Callable[[], None],
+        pids: Mapping[str, int],
+    ) -> Latencies:
+        """One stage: wait for what is sent, send, and compare the times. The processes' CPU is measured meanwhile."""
         count = round(stage.rate * (self._seconds + _WARM_SECONDS))
         shared = {"bootstrap": self._servers.kafka.bootstrap, "topic": topic, "count": count}
-        waiting, received_out, received_log = self._start("receiver", **shared, starts=topics.ends(topic), patience=30)
-        wait_for(lambda: "ready" in received_log.read_text(), seconds=60, what="the receiver's start", pause=0.02)
-        measured, began = meter(), time.monotonic()
-        sending, sent_out, sent_log = self._start(
-            role, **shared, **given, rate=stage.rate, connections=stage.connections, base=self._base
+        starts = self._servers.topics.ends(topic)
+        receiver = self._start("receiver", **shared, starts=starts, patience=_PATIENCE_SECONDS)
+        wait_for(
+            lambda: "ready" in receiver.log.read_text(errors="replace"),
+            seconds=60,
+            what=f"the receiver's start (see {receiver.log})",
+            pause=0.02,
         )
+        meter, began = Meter(pids), time.monotonic()
         base, self._base = self._base, self._base + count
-        sent = self._finish(sending, sent_out, sent_log, 3)
-        received = {number: at for number, at in self._finish(waiting, received_out, received_log, 2)}  # noqa: C416  of two
-        cpu = sum(measured.cpu_seconds().values()) / (time.monotonic() - began)
+        started = [self._start(role, **shared, **given, rate=stage.rate, base=base) for role, given in senders]
+        sent = [one for sender in started for one in self._finish(sender, 3, check)]
+        received = {number: at for number, at in self._finish(receiver, 2, check)}  # noqa: C416 - mypy sees no pairs
+        cpu = sum(meter.cpu_seconds().values()) / (time.monotonic() - began)
         if len(received) != count:
             raise ServerError(f"{len(received)} of {count} changes were received from {topic}.")
         warm = base + round(stage.rate * _WARM_SECONDS)
@@ -118,17 +142,29 @@ class Traffic:
             {},
         )
 
+    def _start(self, role: str, **given: Any) -> _Process:
+        self._runs += 1
+        out = self._servers.directory / f"traffic-{role}-{self._runs}.bin"
+        log = out.with_suffix(".log")
+        command = [sys.executable, "-m", "bench.traffic", role, json.dumps({**given, "out": str(out)})]
+        child = Child(command, log=log, cwd=ROOT)
+        self._servers.stack.callback(child.stop, seconds=0)
+        return _Process(child, out, log)
 
-def wait_alive(servers: Servers, contender: Contender, seconds: float) -> None:
-    """Wait until a change goes through: then it is started, and its servers know of it."""
-    before = sum(servers.topics.ends(contender.topic).values())
-    with psycopg.connect(contender.url) as connection:
-        connection.execute(contender.insert.encode(), ("k0", '{"version":0,"note":""}'))
-    wait_for(
-        lambda: sum(servers.topics.ends(contender.topic).values()) > before,
-        seconds=seconds,
-        what=f"the first record of {contender.name}",
-    )
+    def _finish(self, process: _Process, width: int, check: Callable[[], None]) -> list[tuple[int, ...]]:
+        """Wait for its end; what it saw, in groups of `width`."""
+        deadline = time.monotonic() + self._seconds * 4 + 120
+        while not process.child.wait(0.2):
+            check()
+            if time.monotonic() > deadline:
+                raise ServerError(f"The traffic does not end:\n{tail(process.log)}")
+        if process.child.exit_code() != 0:
+            check()
+            raise ServerError(f"The traffic failed (exit code {process.child.exit_code()}):\n{tail(process.log)}")
+        values = array("q")
+        values.frombytes(process.out.read_bytes())
+        process.out.unlink()
+        return list(zip(*(values[place::width] for place in range(width)), strict=True))
 
 
 def run(options: Options) -> Report:
@@ -145,30 +181,31 @@ def run(options: Options) -> Report:
         view.step("starting the servers")
         those = stack.enter_context(servers(stack.enter_context(options.work())))
         traffic = Traffic(those, options.stage_seconds)
-        peers = contenders(those, options.peers)
-        topics = ("bench.bare", "bench.bare-positions")
+        compared = contenders(those, options.peers)
+
+        def took(who: str, stage: Stage, number: int, one: Latencies) -> None:
+            view.step(_shown(who, stage, one))
+            if number >= 0:
+                found.setdefault((who, stage.name), []).append(one)
+
+        def watch(contender: Contender, number: int) -> None:
+            contender.begin()
+            wait_alive(those.topics, contender, options.seconds)
+            for stage in STAGES:
+                took(contender.name, stage, number, _stage(traffic, contender, stage))
+            contender.end()
+            _clear(contender)
+
+        def watch_bare(number: int) -> None:
+            took(BARE_NAME, STAGES[0], number, traffic.transactions(STAGES[0]))
+
+        takes: list[Callable[[int], None]] = [partial(watch, one) for one in compared]
         if BARE in options.peers:
-            those.topics.make(topics[0])
-            those.topics.make(topics[1], partitions=1)
-        for number in range(-options.warm_up, options.rounds):
-            view.step(f"round {number + 1} of {options.rounds}" if number >= 0 else "warming up")
-            place = number % len(peers) if peers else 0
-            for peer in peers[place:] + peers[:place]:
-                peer.begin()
-                wait_alive(those, peer, options.seconds)
-                for stage in STAGES:
-                    one = _stage(traffic, peer, stage)
-                    view.step(_shown(peer.name, stage, one))
-                    if number >= 0:
-                        found.setdefault((peer.name, stage.name), []).append(one)
-                peer.end()
-                _clear(peer)
-            if BARE in options.peers:
-                one = traffic.measure(topics[0], STAGES[0], "transactions", lambda: Meter({}), positions=topics[1])
-                view.step(_shown(BARE_NAME, STAGES[0], one))
-                if number >= 0:
-                    found.setdefault((BARE_NAME, IDLE), []).append(one)
-        report.versions = those.versions() | install.versions()
+            takes.append(watch_bare)
+        for number in options.numbers():
+            for take in turned(takes, number):
+                take(number)
+        report.versions = those.versions(compared)
     _tell(report, found)
     return report
 
@@ -185,81 +222,109 @@ def contenders(servers: Servers, chosen: Sequence[str]) -> list[Contender]:
     return prepared(makers, chosen, servers.stack)
 
 
-def _stage(traffic: Traffic, peer: Contender, stage: Stage) -> Latencies:
-    if isinstance(peer, Relay):
-        peer.mark()
-    one = traffic.measure(peer.topic, stage, "writer", lambda: Meter(peer.pids), url=peer.url, insert=peer.insert)
-    if not isinstance(peer, Relay):
-        return one
-    batches = list(peer.events("relay.published"))
+def _stage(traffic: Traffic, contender: Contender, stage: Stage) -> Latencies:
+    if not isinstance(contender, Relay):
+        return traffic.changes(contender, stage)
+    contender.mark()
+    one = traffic.changes(contender, stage)
+    batches = list(contender.events("relay.published"))
+    if not batches:
+        raise ServerError("The relay has logged no transaction of what was received.")
     steps = {step: sum(batch[f"{step}_seconds"] for batch in batches) / len(batches) for step in _STEPS}
     age = sum(batch["age_seconds"] for batch in batches) / len(batches)
     # What is left of the oldest entry's age: its own transaction's end, the ring, being woken.
-    steps = {"transaction's end and wake-up": age - sum(steps.values()), **steps}
-    return Latencies(one.after_commit, one.before_insert, one.sent, one.cpu, steps)
+    return replace(one, steps={"transaction's end and wake-up": age - sum(steps.values()), **steps})
 
 
-def _clear(peer: Contender) -> None:
+def _clear(contender: Contender) -> None:
     """Take Debezium's rows away, as its users do; the relay keeps its log, txoutbox deletes by itself."""
-    if isinstance(peer, Debezium):
-        with psycopg.connect(peer.url) as connection:
-            execute(connection, "TRUNCATE outbox")
+    if isinstance(contender, Debezium):
+        with psycopg.connect(contender.url) as connection:
+            connection.execute("TRUNCATE outbox")
 
 
 def _shown(who: str, stage: Stage, one: Latencies) -> str:
-    middle, late, most = (percentile(one.after_commit, share) * 1000 for share in (0.5, 0.99, 1.0))
+    times = one.before_insert if who == BARE_NAME else one.after_commit
+    middle, late, most = (percentile(times, share) * 1000 for share in (0.5, 0.99, 1.0))
     return f"{who}, {stage.name}: p50 {middle:.1f} ms, p99 {late:.1f}, max {most:.1f}; {one.sent:,.0f} changes/s sent"
 
 
 def _tell(report: Report, found: Mapping[tuple[str, str], list[Latencies]]) -> None:
     """The series and ratios."""
-    for (who, stage), rounds in found.items():
+    for (who, of_stage), rounds in found.items():
+        name = f"{who}, {of_stage}"
         # The bare transaction is received before its commit returns: from its beginning.
         times = [one.before_insert if who == BARE_NAME else one.after_commit for one in rounds]
-        for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
-            values = [percentile(one, share) * 1000 for one in times]
-            report.series.append(Series(f"{who}, {stage}", name, "ms", values, 1))
-        late = [percentile(one.before_insert, 0.5) * 1000 for one in rounds]
-        report.series.append(Series(f"{who}, {stage}", "p50 from before the insert", "ms", late, 1))
-        report.series.append(Series(f"{who}, {stage}", "changes/s sent", "", [one.sent for one in rounds]))
+        _add(report, name, times, "")
         if who != BARE_NAME:
-            report.series.append(Series(f"{who}, {stage}", "CPU", "% of a core", [one.cpu * 100 for one in rounds], 1))
-    report.chart = "p50"
-    whos = {who for who, _ in found}
-    debezium = next((who for who in whos if who.startswith("Debezium")), None)
-    if (RELAY, IDLE) not in found:
-        return
+            _add(report, name, [one.before_insert for one in rounds], " from before the insert")
+        report.series.append(Series(name, "changes/s sent", "", [one.sent for one in rounds]))
+        if who != BARE_NAME:
+            report.series.append(Series(name, "CPU", "% of a core", [one.cpu * 100 for one in rounds], 1))
+    whos = list(dict.fromkeys(who for who, _ in found))
+    for stage in STAGES:
+        bars = {f"{who}, {stage.name}": who for who in whos if (who, stage.name) in found}
+        report.panels.append(Panel(stage.name, ["p50", "p99"], bars, [f"{RELAY}, {stage.name}"]))
+    unkept = _unkept(report, found)
+    if RELAY in whos:
+        _judge(report, found, unkept, next((who for who in whos if who.startswith("Debezium")), None))
+        for stage in STAGES:
+            report.notes.append(_steps(stage, found[RELAY, stage.name]))
+
+
+def _add(report: Report, name: str, times: Sequence[Sequence[float]], since: str) -> None:
+    for figure, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
+        values = [percentile(one, share) * 1000 for one in times]
+        report.series.append(Series(name, f"{figure}{since}", "ms", values, 1))
+
+
+def _unkept(report: Report, found: Mapping[tuple[str, str], list[Latencies]]) -> set[tuple[str, str]]:
+    """Whose stages, by contender and name, were not written at their rate in every round; noted in the report."""
+    unkept: set[tuple[str, str]] = set()
+    rates = {stage.name: stage.rate for stage in STAGES}
+    for (who, name), rounds in found.items():
+        least = min(one.sent for one in rounds)
+        if least < _KEPT * rates[name]:
+            unkept.add((who, name))
+            report.notes.append(
+                f"{who}, {name}: the machine did not keep the rate ({least:,.0f} changes/s in the worst round): what "
+                "was measured is not this rate, and there is no verdict."
+            )
+    return unkept
+
+
+def _judge(
+    report: Report,
+    found: Mapping[tuple[str, str], list[Latencies]],
+    unkept: set[tuple[str, str]],
+    debezium: str | None,
+) -> None:
+    """The aims; none for a stage whose rate was not kept."""
+
+    def judge(stage: Stage, figure: str, than: str, theirs: Sequence[float], aim: float) -> None:
+        kept = not any((who, stage.name) in unkept for who in (RELAY, than))
+        mine = report.of(f"{RELAY}, {stage.name}", figure)
+        name = f"{stage.name} {figure}: relay / {'Debezium' if than == debezium else than}"
+        report.ratio(name, mine, theirs, aim=aim if kept else None, at_least=False)
+
+    idle, busy = STAGES[0], STAGES[1:]
     for figure in ("p50", "p99"):
-        mine = report.of(f"{RELAY}, {IDLE}", figure)
         if debezium is not None:
-            report.ratio(
-                f"idle {figure}: relay / Debezium",
-                mine,
-                report.of(f"{debezium}, {IDLE}", figure),
-                aim=0.45,
-                at_least=False,
-            )
-        if BARE_NAME in whos:
-            report.ratio(
-                f"idle {figure}: relay / bare transaction",
-                mine,
-                report.of(f"{BARE_NAME}, {IDLE}", figure),
-                aim=2,
-                at_least=False,
-            )
-    for one_stage in STAGES[1:]:
-        busy = report.of(f"{RELAY}, {one_stage.name}", "p99")
+            judge(idle, figure, debezium, report.of(f"{debezium}, {idle.name}", figure), 0.45)
+        if (BARE_NAME, idle.name) in found:
+            judge(idle, figure, BARE_NAME, report.of(f"{BARE_NAME}, {idle.name}", figure), 2)
+    for stage in busy:
         if debezium is not None:
-            theirs = report.of(f"{debezium}, {one_stage.name}", "p99")
-            report.ratio(f"{one_stage.name} p99: relay / Debezium", busy, theirs, aim=1, at_least=False)
-    busy = report.of(f"{RELAY}, {STAGES[1].name}", "p99")
-    report.ratio("1,000/s p99: relay / 40 ms", busy, [40.0] * len(busy), aim=1, at_least=False)
-    for one_stage in STAGES:
-        rounds = found[RELAY, one_stage.name]
-        names = rounds[0].steps
-        middle = {name: sorted(one.steps[name] for one in rounds)[len(rounds) // 2] * 1000 for name in names}
-        report.notes.append(
-            f"The relay's own time at {one_stage.name}, mean of its transactions, ms: "
-            + ", ".join(f"{name} {value:.2f}" for name, value in middle.items())
-            + "."
-        )
+            judge(stage, "p99", debezium, report.of(f"{debezium}, {stage.name}", "p99"), 1)
+    judge(busy[0], "p99", "40 ms", [40.0] * len(found[RELAY, busy[0].name]), 1)
+
+
+def _steps(stage: Stage, rounds: Sequence[Latencies]) -> str:
+    names = rounds[0].steps
+    middle = {name: Spread.of([one.steps[name] for one in rounds]).median for name in names}
+    whole = sum(middle.values())
+    shown = ", ".join(f"{name} {value * 1000:.2f} ({value / whole:.0%})" for name, value in middle.items())
+    return f"The relay's own time at {stage.name}, mean of its transactions, ms and share: {shown}."
+
+
+PART = Part(NAME, run, PEERS, stage_seconds=STAGE_SECONDS)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import psycopg
 
 from bench.measure import Usage, run_measured
 from bench.servers import JVM_TUNING
@@ -21,6 +24,12 @@ _TRANSACTION_MS = 100
 _SAMPLE = 10_000
 PRODUCER_TOPIC = "bench.limit"
 
+PLANNER: Mapping[str, str] = {
+    **{f"enable_{way}": "off" for way in ("seqscan", "bitmapscan", "sort", "incremental_sort")},
+    "jit": "off",
+}
+"""The relay's settings of the planner (outbox.reader sets them): rows in the order of the index."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limit:
@@ -33,24 +42,40 @@ class Limit:
 def copy_out(url: str, load: Load, directory: Path) -> Limit:
     """`COPY` of the last rows that `load` wrote, the columns that a relay needs, in id order, through psql to nowhere.
 
-    The time is psql's own from start to end: it connects in a few milliseconds.
+    Read as the relay reads: by the index, between ids that are known beforehand. The time is psql's own of the
+    statement, from sending it to the last row; starting and connecting are left out. The CPU is that of the whole psql.
     """
+    with psycopg.connect(url) as connection:
+        row = connection.execute("SELECT id FROM outbox.entries WHERE shard = 0 ORDER BY id DESC LIMIT 1").fetchone()
+    last = int(row[0]) if row else 0
     query = (
-        "COPY (SELECT id, type, key, state, created_at FROM outbox.entries "
-        f"WHERE shard = 0 AND id > (SELECT max(id) FROM outbox.entries) - {load.entries} ORDER BY id) "
-        "TO STDOUT (FORMAT binary)"
+        "SELECT id, type, key, state, created_at FROM outbox.entries "
+        f"WHERE shard = 0 AND id > {last - load.entries} AND id <= {last} ORDER BY id"
     )
     log = directory / "copy.log"
-    command = [Postgres.bin("psql"), "--no-psqlrc", "--quiet", "--output=/dev/null", f"--command={query}", url]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-    took, used = run_measured(Child(command, log=log, env=environment), seconds=_SECONDS, what=f"COPY (see {log})")
-    return Limit(load.entries / took, used)
+    told = log.stat().st_size if log.exists() else 0
+    # Of a \copy to a file psql prints the tag; of COPY TO STDOUT it does not.
+    copy = rf"\copy ({query}) TO '/dev/null' (FORMAT binary)"
+    command = [Postgres.bin("psql"), "--no-psqlrc", r"--command=\timing on", f"--command={copy}", url]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {
+        "PGOPTIONS": " ".join(f"-c {name}={value}" for name, value in PLANNER.items()),
+        "LC_ALL": "C",
+    }
+    _, used = run_measured(Child(command, log=log, env=environment), seconds=_SECONDS, what=f"COPY (see {log})")
+    said = _said(log, told)
+    found = re.search(r"^COPY (\d+)\nTime: ([\d.]+) ms", said, re.MULTILINE)
+    if found is None or int(found[1]) != load.entries:
+        raise ServerError(f"COPY was to write {load.entries} rows, and psql said:\n{said}")
+    return Limit(load.entries / float(found[2]) * 1000, used)
+
+
+def _said(log: Path, told: int) -> str:
+    """What was written into a log from this place on."""
+    return log.read_bytes()[told:].decode(errors="replace")
 
 
 def write_sample(load: Load, url: str, directory: Path) -> Path:
     """States as `load` writes them, one a line: what `ProducerPerformance` sends in random order."""
-    import psycopg  # noqa: PLC0415
-
     sample = directory / "states.txt"
     with psycopg.connect(url) as connection:
         query = f"SELECT {load.state_sql} FROM generate_series(1, {_SAMPLE}) n".encode()
@@ -62,7 +87,7 @@ def producer_performance(kafka: Kafka, topics: Topics, load: Load, sample: Path)
     """Kafka's own `ProducerPerformance` with a transactional id, and the relay's settings as the Java client has them.
 
     The rate is the tool's own, without what it counts as warming up. It sends records without keys, whose partition
-    the client need not compute and which fill one batch after another: a limit, not a peer.
+    the client need not compute and which fill one batch after another: a limit, no contender.
     """
     topics.make(PRODUCER_TOPIC, partitions=PARTITIONS)
     log = sample.with_name("producer-performance.log")
@@ -81,9 +106,7 @@ def producer_performance(kafka: Kafka, topics: Topics, load: Load, sample: Path)
         tmp=sample.parent,
     )
     _, used = run_measured(Child(command, log=log), seconds=_SECONDS, what=f"ProducerPerformance (see {log})")
-    with log.open("rb") as written:
-        written.seek(told)
-        text = written.read().decode(errors="replace")
+    text = _said(log, told)
     # The last summary is that of the records after the warm-up.
     rates = re.findall(r"records sent, ([\d.]+) records/sec \([\d.]+ MB/sec\).* 50th,", text)
     if not rates:

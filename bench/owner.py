@@ -3,45 +3,66 @@
 Stock pgbench runs all variants in one run, drawn anew for each transaction, so that whatever disturbs the machine
 disturbs all of them alike; each transaction's time is taken from pgbench's log. What is compared is the whole
 transaction, BEGIN to COMMIT: an UPDATE of a customer, and what publishes it. `plain` is the yardstick: the same
-INSERT into a table that has nothing but a primary key.
+INSERT into a table that has nothing but a primary key. Each variant has customers of its own: a table that all but one
+change would bloat more than that one's.
 
 Rounds go through every setting (durable commits or not; one client or 16; relay off, busy, asleep), so that a slow
-minute spoils one round of each and not all rounds of one.
+minute spoils one round of each and not all rounds of one. What a running relay costs everybody shows in the plain
+insert itself: its time is shown, and compared between the circumstances.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import psycopg
 
-from bench import install, pgbench
+from bench import pgbench
+from bench.contender import wait_alive
 from bench.debezium import LATENCY, Connect, Debezium
-from bench.measure import Spread, wait_for
+from bench.measure import Spread, turned, wait_for
 from bench.options import Options
+from bench.part import Part
 from bench.pgbench import Times
 from bench.relay import Relay
-from bench.report import Report, Series
-from bench.servers import servers
+from bench.report import Panel, Report, Series
+from bench.servers import Servers, servers
 from outbox import capture, sql
 
 NAME = "owner"
-OFF, BUSY, ASLEEP = "relay off", "relay busy", "relay asleep"
-DEBEZIUM, ALONE, BULK = "beside Debezium", "alone", "1,000 at once"
-PEERS = (OFF, BUSY, ASLEEP, DEBEZIUM, ALONE, BULK)
-"""The circumstances; `alone`: one variant after the other instead of drawn, since who notifies waits for others who
-do, and among others meets few of them."""
+OFF, BUSY, SELDOM, ASLEEP = "off", "busy", "seldom", "asleep"
+DEBEZIUM, ALONE, BULK = "debezium", "alone", "bulk"
+PEERS = (OFF, BUSY, SELDOM, ASLEEP, DEBEZIUM, ALONE, BULK)
+RATE = 40.0
+"""Transactions a second at which most find the relay asleep."""
+TITLES: Mapping[str, str] = {
+    OFF: "relay off",
+    BUSY: "relay busy",
+    SELDOM: f"relay off, {RATE:g} transactions/s",
+    ASLEEP: f"relay asleep, {RATE:g} transactions/s",
+    DEBEZIUM: "beside Debezium",
+    ALONE: "alone",
+    BULK: "1,000 at once",
+}
+"""The circumstances. `alone`: one variant after the other instead of drawn, since who notifies waits for others who
+do, and among others meets few of them. `seldom`: as `asleep`, without the relay."""
+JUDGED = (OFF, BUSY, BULK)
+"""Those in which there is an aim. Alone, a slow minute would be one variant's; at a rate, most of the time is waiting
+for the disk or the processor to wake up."""
 STAGE_SECONDS = 10.0
+# Of that time: one variant needs less, and at a rate there are few transactions.
+_SHARES: Mapping[str, float] = {ALONE: 0.25, SELDOM: 2, ASLEEP: 2}
 CLIENTS = (1, 16)
 ROWS = 100_000
 MANY = 1_000
-# Transactions a second at which most find the relay asleep.
-_SELDOM = 40.0
 
 PLAIN = "plain insert"
+WRITER, PUT, CAPTURE = "writer's statement", "outbox.put", "capture trigger"
+DEBEZIUM_OUTBOX = "Debezium's outbox"
 
 STATE = {
     "name": "Ada Lovelace",
@@ -101,11 +122,23 @@ Runs = Mapping[Setting, Sequence[Mapping[str, Times]]]
 
 # -- the variants ----------------------------------------------------------------------------------------------------
 
+# Whose customers each variant changes.
+DOMAINS: Mapping[str, str] = {
+    "domain change alone": "customer_alone",
+    PLAIN: "customer_plain",
+    WRITER: "customer_writer",
+    PUT: "customer_put",
+    CAPTURE: "customer_captured",
+    "NOTIFY on each insert": "customer_notify",
+    DEBEZIUM_OUTBOX: "customer_debezium",
+}
 
-def transaction(*statements: str, domain: str = "customer") -> str:
-    """A script: the domain change, then what publishes it (what is published last was written last)."""
-    update = f"UPDATE {domain} SET balance = balance + 1 WHERE id = :id;"
-    return "\n".join([r"\set id random(1, :rows)", "BEGIN;", update, *statements, "COMMIT;", ""])
+
+def variant(title: str, *statements: str, aim: float | None = None) -> Variant:
+    """The domain change, then what publishes it (what is published last was written last)."""
+    update = f"UPDATE {DOMAINS[title]} SET balance = balance + 1 WHERE id = :id;"
+    script = "\n".join([r"\set id random(1, :rows)", "BEGIN;", update, *statements, "COMMIT;", ""])
+    return Variant(title, script, aim)
 
 
 def put(table: str) -> str:
@@ -119,37 +152,32 @@ def put(table: str) -> str:
 
 def variants() -> list[Variant]:
     """What is compared in every setting but for the bulk."""
+    by_function = "SELECT outbox.put('customer', CAST(:id AS text), CAST(:json AS jsonb));"
     return [
-        Variant("domain change alone", transaction()),
-        Variant(PLAIN, transaction(put("bare"))),
-        Variant("writer's statement", transaction(put("outbox.entries")), 1.03),
-        Variant(
-            "outbox.put",
-            transaction("SELECT outbox.put('customer', CAST(:id AS text), CAST(:json AS jsonb));"),
-            1.07,
-        ),
-        Variant("capture trigger", transaction(domain="customer_captured"), 1.15),
-        Variant("NOTIFY on each insert", transaction(put("bare_notify"))),
+        variant("domain change alone"),
+        variant(PLAIN, put("bare")),
+        variant(WRITER, put("outbox.entries"), aim=1.03),
+        variant(PUT, by_function, aim=1.07),
+        variant(CAPTURE, aim=1.15),
+        variant("NOTIFY on each insert", put("bare_notify")),
     ]
 
 
 def beside_debezium() -> list[Variant]:
     """The same on a server with logical decoding, and Debezium's outbox: insert and delete."""
-    theirs = transaction(
+    theirs = variant(
+        DEBEZIUM_OUTBOX,
         "INSERT INTO public.outbox (id, aggregatetype, aggregateid, type, payload)"
         " VALUES (gen_random_uuid(), 'customer', :id, 'changed', :json) RETURNING id AS entry \\gset",
         "DELETE FROM public.outbox WHERE id = CAST(:entry AS uuid);",
     )
-    return [*(Variant(one.title, one.script) for one in variants()), Variant(DEBEZIUM_OUTBOX, theirs)]
-
-
-DEBEZIUM_OUTBOX = "Debezium's outbox"
+    return [*variants(), theirs]
 
 
 def bulk() -> list[Variant]:
     """1,000 entries in one statement, in a transaction that changes as many rows."""
 
-    def script(table: str) -> str:
+    def script(title: str, table: str) -> str:
         # The arrays are constants of the prepared statement: what they cost to send and to read is left out, which
         # makes the share of the insert itself greater.
         statement = sql.load("writer")["put_many"].replace("{schema}.entries", table)
@@ -159,11 +187,16 @@ def bulk() -> list[Variant]:
         given = {"type": "'customer'", "keys": f"'{{{keys}}}'", "states": f"'{{{states}}}'"}
         for name in ("type", "keys", "states", "content_types", "causes", "headers"):
             statement = statement.replace(f"%({name})s", given.get(name, f"'{{{nulls}}}'"))
-        change = f"UPDATE customer SET balance = balance + 1 WHERE id BETWEEN :id AND :id + {MANY - 1};"
+        change = f"UPDATE {DOMAINS[title]} SET balance = balance + 1 WHERE id BETWEEN :id AND :id + {MANY - 1};"
         # Blocks of rows that do not overlap: two transactions that met would wait for each other.
         return "\n".join([rf"\set id {MANY} * :client_id + 1", "BEGIN;", change, f"{statement};", "COMMIT;", ""])
 
-    return [Variant(PLAIN, script("bare")), Variant("writer's statement", script("outbox.entries"), 1.03)]
+    return [Variant(PLAIN, script(PLAIN, "bare")), Variant(WRITER, script(WRITER, "outbox.entries"), 1.03)]
+
+
+def compared(circumstance: str) -> list[Variant]:
+    """What is compared in a circumstance."""
+    return {BULK: bulk, DEBEZIUM: beside_debezium}.get(circumstance, variants)()
 
 
 # -- where they run --------------------------------------------------------------------------------------------------
@@ -176,12 +209,12 @@ def make_tables(relay: Relay) -> None:
             connection.execute(
                 "INSERT INTO outbox.entity_types (name, topic) VALUES (%s, %s)", [name, f"{relay.topic}.{name}"]
             )
-        for table in ("customer", "customer_captured"):
+        for table in DOMAINS.values():
             connection.execute(DOMAIN.format(table=table, rows=ROWS).encode())
         for table in ("bare", "bare_notify"):
             connection.execute(BARE.format(table=table).encode())
         connection.execute(NAIVE)
-        for statement in capture.statements(capture.Capture("customer_captured", "captured"), existing_rows=False):
+        for statement in capture.statements(capture.Capture(DOMAINS[CAPTURE], "captured"), existing_rows=False):
             connection.execute(statement.encode())
     with psycopg.connect(relay.url, autocommit=True) as connection:
         connection.execute("VACUUM ANALYZE")
@@ -192,6 +225,7 @@ def wait_asleep(relay: Relay, seconds: float) -> None:
     """Wait until the relay has published everything and sleeps: it shows so in pg_stat_activity."""
 
     def asleep() -> bool:
+        relay.check_alive()
         with psycopg.connect(relay.url) as connection:
             row = connection.execute(
                 "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'outbox-relay % idle'"
@@ -201,74 +235,110 @@ def wait_asleep(relay: Relay, seconds: float) -> None:
     wait_for(asleep, seconds=seconds, what="that the relay has published everything", pause=0.2)
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Debezium, and an outbox without a relay in its database: everybody's log is the one that Debezium decodes."""
+
+    debezium: Debezium
+    outbox: Relay
+
+
 class Rounds:
     """Goes through the settings of a round, and keeps what each run found."""
 
-    def __init__(self, options: Options, relay: Relay, debezium: Debezium | None, beside: Relay | None) -> None:
-        """`beside`: an outbox in Debezium's database."""
+    def __init__(self, options: Options, servers: Servers, relay: Relay, beside: Beside | None) -> None:
         self._options = options
-        self._chosen = set(options.peers)
-        self._relay, self._debezium, self._beside = relay, debezium, beside
-        self.runs: dict[Setting, list[dict[str, Times]]] = {}
+        self._topics = servers.topics
+        self._relay, self._beside = relay, beside
+        self.runs: dict[Setting, list[Mapping[str, Times]]] = {}
 
-    def round(self) -> None:
-        """One round."""
-        for clients, durable in self._each():
-            if OFF in self._chosen:
-                self._take(self._relay.url, variants(), Setting(OFF, clients, durable))
-            if BULK in self._chosen:
-                self._take(self._relay.url, bulk(), Setting(BULK, clients, durable))
-            if ALONE in self._chosen and clients > 1:
-                setting, times = Setting(ALONE, clients, durable), dict[str, Times]()
-                for variant in variants()[1:]:
-                    times |= self._bench(self._relay.url, [variant], setting, share=0.25)
-                self._took(setting, times)
-        if self._debezium is not None and self._beside is not None:
-            self._debezium.begin()
-            for clients, durable in self._each():
-                self._take(self._beside.url, beside_debezium(), Setting(DEBEZIUM, clients, durable))
-            self._debezium.end()
-        if self._chosen & {BUSY, ASLEEP}:
-            self._relay.begin()
-            for clients, durable in self._each():
-                self._with_relay(clients, durable)
-            self._relay.end()
+    def round(self, number: int) -> None:
+        """One round; those of the warm-up, with negative numbers, are not kept."""
+        for take in turned([self._without_relay, self._with_debezium, self._with_relay], number):
+            take(number)
 
-    def _with_relay(self, clients: int, durable: bool) -> None:
-        seconds = self._options.seconds
-        wait_asleep(self._relay, seconds)
-        if BUSY in self._chosen:
-            self._take(self._relay.url, variants(), Setting(BUSY, clients, durable))
-            wait_asleep(self._relay, seconds)
-        if ASLEEP in self._chosen:
-            # At this rate there are few transactions: more time for them.
-            setting = Setting(ASLEEP, clients, durable)
-            self._took(setting, self._bench(self._relay.url, variants(), setting, share=3, rate=_SELDOM))
+    def _settings(self, number: int, *circumstances: str) -> list[Setting]:
+        """Those of the circumstances that were chosen, with each number of clients and kind of commit."""
+        chosen = [one for one in circumstances if one in self._options.peers]
+        each = [(clients, durable) for durable in (True, False) for clients in CLIENTS]
+        found = [
+            Setting(circumstance, clients, durable)
+            for clients, durable in turned(each, number)
+            for circumstance in turned(chosen, number)
+        ]
+        # One client meets nobody, alone or among others.
+        return [one for one in found if one.circumstance != ALONE or one.clients > 1]
 
-    @staticmethod
-    def _each() -> list[tuple[int, bool]]:
-        return [(clients, durable) for durable in (True, False) for clients in CLIENTS]
+    def _without_relay(self, number: int) -> None:
+        for setting in self._settings(number, OFF, SELDOM, BULK, ALONE):
+            self._take(number, setting, self._relay.url)
 
-    def _bench(
-        self, url: str, chosen: Sequence[Variant], setting: Setting, *, share: float = 1, rate: float | None = None
-    ) -> dict[str, Times]:
+    def _with_relay(self, number: int) -> None:
+        if not (settings := self._settings(number, BUSY, ASLEEP)):
+            return
+        self._relay.begin()
+        for setting in settings:
+            wait_asleep(self._relay, self._options.seconds)
+            self._take(number, setting, self._relay.url)
+        wait_asleep(self._relay, self._options.seconds)
+        self._relay.end()
+
+    def _with_debezium(self, number: int) -> None:
+        if self._beside is None:
+            return
+        debezium, seconds = self._beside.debezium, self._options.seconds
+        debezium.begin()
+        debezium.wait_running()
+        wait_alive(self._topics, debezium, seconds)
+        for setting in self._settings(number, DEBEZIUM):
+            starts, confirmed = self._topics.ends(debezium.topic), debezium.confirmed()
+            self._take(number, setting, self._beside.outbox.url)
+            # Until it has published everything, as the relay: whether it has published at all is shown thereby.
+            self._topics.watch(
+                debezium.topic,
+                starts,
+                began=time.monotonic(),
+                done=lambda added: added > 0,
+                check=debezium.check_alive,
+                seconds=seconds,
+            )
+            _wait_confirmed(debezium, confirmed, seconds)
+        debezium.end()
+
+    def _take(self, number: int, setting: Setting, url: str) -> None:
+        """One run."""
+        if setting.circumstance == ALONE:
+            times: dict[str, Times] = {}
+            for one in turned(variants()[1:], number):
+                times |= self._bench(url, [one], setting)
+        else:
+            times = self._bench(url, compared(setting.circumstance), setting)
+        if number >= 0:
+            self.runs.setdefault(setting, []).append(times)
+        shown = ", ".join(f"{name} {one.mean / times[PLAIN].mean:.3f}" for name, one in times.items())
+        plain = f"{times[PLAIN].mean / 1000:.2f} ms"
+        self._options.view.step(f"{setting}, {TITLES[setting.circumstance]}: {shown}; {PLAIN} {plain}")
+
+    def _bench(self, url: str, chosen: Sequence[Variant], setting: Setting) -> dict[str, Times]:
         return pgbench.run(
             url,
             {one.title: one.script for one in chosen},
             clients=setting.clients,
-            seconds=max(self._options.stage_seconds * share, 1),
+            seconds=max(self._options.stage_seconds * _SHARES.get(setting.circumstance, 1), 1),
             durable=setting.durable,
             variables={"rows": ROWS, "state": rf"\x{_BYTES.hex()}", "json": _BYTES.decode()},
-            rate=rate,
+            rate=RATE if setting.circumstance in {SELDOM, ASLEEP} else None,
         )
 
-    def _take(self, url: str, chosen: Sequence[Variant], setting: Setting) -> None:
-        self._took(setting, self._bench(url, chosen, setting))
 
-    def _took(self, setting: Setting, times: dict[str, Times]) -> None:
-        self.runs.setdefault(setting, []).append(times)
-        shown = ", ".join(f"{name} {one.mean / times[PLAIN].mean:.3f}" for name, one in times.items())
-        self._options.view.step(f"{setting}, {setting.circumstance}: {shown}")
+def _wait_confirmed(debezium: Debezium, before: int, seconds: float) -> None:
+    """Wait until it has told its server that what was written since is published."""
+
+    def moved() -> bool:
+        debezium.check_alive()
+        return debezium.confirmed() > before
+
+    wait_for(moved, seconds=seconds, what="that Debezium confirms what it has read to its replication slot", pause=0.2)
 
 
 def run(options: Options) -> Report:
@@ -277,7 +347,7 @@ def run(options: Options) -> Report:
         NAME,
         "The owner's cost: times of whole transactions over those with a plain insert",
         options.command,
-        {"seconds of a run": options.stage_seconds, "rounds": options.rounds},
+        {"seconds of a run": options.stage_seconds, "rounds": options.rounds, "warm-up rounds": options.warm_up},
     )
     with ExitStack() as stack:
         options.view.step("starting the servers")
@@ -286,21 +356,19 @@ def run(options: Options) -> Report:
         stack.callback(relay.close)
         relay.prepare()
         make_tables(relay)
-        debezium, beside = None, None
+        beside: Beside | None = None
         if DEBEZIUM in options.peers:
             connect = Connect(those)
             stack.callback(connect.close)
             debezium = Debezium(those, connect, tuning=LATENCY)
             debezium.prepare()
-            # The same outbox on its server, without a relay: everybody's WAL is the one that Debezium decodes.
-            beside = Relay(those, name="beside", beside=debezium)
-            beside.prepare()
-            make_tables(beside)
-        rounds = Rounds(options, relay, debezium, beside)
-        for number in range(options.rounds):
-            options.view.step(f"round {number + 1} of {options.rounds}")
-            rounds.round()
-        report.versions = those.versions() | (install.versions() if debezium is not None else {})
+            beside = Beside(debezium, Relay(those, name="beside", beside=debezium))
+            beside.outbox.prepare()
+            make_tables(beside.outbox)
+        rounds = Rounds(options, those, relay, beside)
+        for number in options.numbers():
+            rounds.round(number)
+        report.versions = those.versions([relay, beside.debezium] if beside is not None else [relay])
     tell(report, rounds.runs)
     return report
 
@@ -312,22 +380,41 @@ def tell(report: Report, runs: Runs) -> None:
     """A row for each variant with a number of clients and a kind of commit, a column for each circumstance."""
     rows = [Setting("", clients, durable) for durable in (True, False) for clients in sorted(CLIENTS, reverse=True)]
     for row in rows:
-        for variant in [*variants(), Variant(DEBEZIUM_OUTBOX, "")]:
+        for title in DOMAINS:
             for circumstance in PEERS:
                 rounds = runs.get(Setting(circumstance, row.clients, row.durable), [])
-                ratios = _over_plain(rounds, variant.title)
-                if ratios:
-                    report.series.append(Series(f"{variant.title}, {row}", circumstance, "", ratios, 3))
+                unit, values = "", _over_plain(rounds, title)
+                if title == PLAIN:
+                    unit, values = "ms", [one[PLAIN].mean / 1000 for one in rounds]
+                if values:
+                    report.series.append(Series(f"{title}, {row}", TITLES[circumstance], unit, values, 3))
+    report.notes.append(f"Of the {PLAIN} the times are shown, of all else the ratio to it in the same run.")
     for row in rows:
-        rounds = runs.get(Setting(OFF, row.clients, row.durable), [])
-        if rounds:
-            middle = Spread.of([one[PLAIN].mean for one in rounds]).median
-            late = Spread.of([one[PLAIN].p99 for one in rounds]).median
-            report.notes.append(
-                f"The transaction with the plain insert, {row}, relay off: mean {middle / 1000:.2f} ms, "
-                f"p99 {late / 1000:.2f} ms."
-            )
+        if rounds := runs.get(Setting(OFF, row.clients, row.durable), []):
+            late = Spread.of([one[PLAIN].p99 / 1000 for one in rounds]).median
+            report.notes.append(f"p99 of the transaction with the {PLAIN}, {row}, {TITLES[OFF]}: {late:.2f} ms.")
+    for row in rows:
+        _draw(report, row)
+        for running, without in ((BUSY, OFF), (ASLEEP, SELDOM)):
+            mine = runs.get(Setting(running, row.clients, row.durable), [])
+            plain = runs.get(Setting(without, row.clients, row.durable), [])
+            if mine and plain:
+                name = f"{PLAIN}: {TITLES[running]} / {TITLES[without]} ({row})"
+                report.ratio(name, [one[PLAIN].mean for one in mine], [one[PLAIN].mean for one in plain])
     _judge(report, runs)
+
+
+def _draw(report: Report, row: Setting) -> None:
+    """The ratios at the greatest number of clients."""
+    if row.clients != max(CLIENTS):
+        return
+    shown = [TITLES[one] for one in (OFF, BUSY, DEBEZIUM)]
+    there = {one.contender for one in report.series if one.figure in shown}
+    bars = {name: title for title in DOMAINS if title != PLAIN and (name := f"{title}, {row}") in there}
+    figures = [one for one in shown if any(series.figure == one for series in report.series)]
+    if bars:
+        ours = [f"{title}, {row}" for title in (WRITER, PUT, CAPTURE)]
+        report.panels.append(Panel(f"over the {PLAIN}, {row}", figures, bars, ours, base=1))
 
 
 def _over_plain(rounds: Sequence[Mapping[str, Times]], title: str) -> list[float]:
@@ -336,19 +423,20 @@ def _over_plain(rounds: Sequence[Mapping[str, Times]], title: str) -> list[float
 
 def _judge(report: Report, runs: Runs) -> None:
     """The aims, at the greatest number of clients."""
-    aims = {one.title: one.aim for one in variants() if one.aim is not None}
     for setting, rounds in runs.items():
-        if setting.clients != max(CLIENTS):
+        if setting.clients != max(CLIENTS) or setting.circumstance not in {*JUDGED, DEBEZIUM}:
             continue
-        if setting.circumstance == DEBEZIUM:
-            for title in aims:
-                both = [(one[title].mean, one[DEBEZIUM_OUTBOX].mean) for one in rounds]
-                mine, theirs = [a for a, _ in both], [b for _, b in both]
-                name = f"{title} / {DEBEZIUM_OUTBOX} ({setting})"
-                report.ratio(name, mine, theirs, aim=1, at_least=False)
-            continue
-        for title, aim in ({one.title: one.aim for one in bulk()} if setting.circumstance == BULK else aims).items():
-            if aim is not None:
-                mine, plain = [one[title].mean for one in rounds], [one[PLAIN].mean for one in rounds]
-                name = f"{title} / {PLAIN} ({setting}, {setting.circumstance})"
-                report.ratio(name, mine, plain, aim=aim, at_least=False)
+        beside = setting.circumstance == DEBEZIUM
+        for one in compared(setting.circumstance):
+            if one.aim is not None:
+                than = DEBEZIUM_OUTBOX if beside else PLAIN
+                report.ratio(
+                    f"{one.title} / {than} ({setting}, {TITLES[setting.circumstance]})",
+                    [times[one.title].mean for times in rounds],
+                    [times[than].mean for times in rounds],
+                    aim=1 if beside else one.aim,
+                    at_least=False,
+                )
+
+
+PART = Part(NAME, run, PEERS, stage_seconds=STAGE_SECONDS)

@@ -14,6 +14,9 @@ from bench.measure import percentile
 from devstack.postgres import Postgres
 from devstack.processes import ServerError
 
+# It ends when the last transaction has; one that waits for ever does not.
+_OVER_SECONDS = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class Times:
@@ -41,7 +44,7 @@ def run(
     """Run the scripts, drawn anew for each transaction; the times of each that was drawn.
 
     With a `rate` (transactions a second) the time that a transaction waited for its turn is not counted. Raises
-    `ServerError` when a transaction failed.
+    `ServerError` when a transaction failed, or does not end.
     """
     with tempfile.TemporaryDirectory(prefix="outbox-bench-") as place:
         directory = Path(place)
@@ -54,13 +57,19 @@ def run(
             arguments += ["-f", str(path)]
         if rate is not None:
             arguments += ["-R", f"{rate:g}"]
-        done = subprocess.run(
-            [Postgres.bin("pgbench"), *arguments, "-l", "--log-prefix", str(directory / "log"), url],
-            env={**os.environ, "PGOPTIONS": f"-c synchronous_commit={'on' if durable else 'off'}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [Postgres.bin("pgbench"), *arguments, "-l", "--log-prefix", str(directory / "log"), url],
+                env={**os.environ, "PGOPTIONS": f"-c synchronous_commit={'on' if durable else 'off'}"},
+                capture_output=True,
+                text=True,
+                timeout=seconds + _OVER_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ServerError(
+                f"pgbench was to run {seconds:.0f} s and did not end {_OVER_SECONDS:g} s later."
+            ) from error
         if done.returncode != 0 or "aborted" in done.stderr:
             raise ServerError(f"pgbench failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         micros: dict[int, list[float]] = {}

@@ -19,6 +19,7 @@ from bench.servers import Servers
 from bench.workload import Load
 from devstack.processes import Child, ServerError, tail
 from outbox import schema
+from outbox._version import __version__
 
 PROGRAM = Path(sys.executable).with_name("outbox")
 STOP_SECONDS = 30.0
@@ -101,6 +102,11 @@ class Relay:
         if not in_order or child.exit_code() != 0:
             raise ServerError(f"The relay did not stop in order (exit code {child.exit_code()}):\n{tail(self._log)}")
 
+    def check_alive(self) -> None:
+        """It has not ended."""
+        if self._child is not None and (code := self._child.exit_code()) is not None:
+            raise ServerError(f"The relay ended by itself (exit code {code}); the end of its log:\n{tail(self._log)}")
+
     def close(self) -> None:
         """Kill it if it runs."""
         child, self._child = self._child, None
@@ -121,6 +127,11 @@ class Relay:
     def insert(self) -> str:
         """As the Python writer has it, but for its checks."""
         return "INSERT INTO outbox.entries (type, key, state) VALUES ('thing', %s, convert_to(%s, 'UTF8'))"
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Its own; those of its libraries are the benchmarks' own."""
+        return {"outbox": __version__}
 
     def mark(self) -> None:
         """Leave out of `events` and `details` what it has logged so far."""

@@ -14,8 +14,11 @@ from typing import Any
 
 from bench.measure import Spread
 from devstack.install import ROOT
+from devstack.processes import ServerError
 
 DIRECTORY = ROOT / ".bench"
+TRIALS = "trial"
+"""Below it: what is no full run, and does not come into the page."""
 
 
 def _machine() -> dict[str, str]:
@@ -82,10 +85,32 @@ class Ratio:
             return None
         return self.spread.median >= self.aim if self.at_least else self.spread.median <= self.aim
 
+    @property
+    def missed_by(self) -> float:
+        """By what share of the aim the median misses it; 0 when it does not."""
+        if self.met is not False or not self.aim:
+            return 0
+        return abs(self.spread.median / self.aim - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A panel of the part's picture: some figures of some contenders, as bars.
+
+    `bars`: the contenders, and what is written at their bars; `ours`: those of them that stand for this project. The
+    bars begin at `base`: 1 for ratios.
+    """
+
+    title: str
+    figures: Sequence[str]
+    bars: Mapping[str, str]
+    ours: Sequence[str]
+    base: float = 0
+
 
 @dataclass
 class Report:
-    """One part's figures. `chart` names the figure that is drawn; `notes` are sentences for the reader."""
+    """One part's figures. `panels` are drawn; `notes` are sentences for the reader; `lacks`: see `bench.part`."""
 
     part: str
     title: str
@@ -95,7 +120,8 @@ class Report:
     series: list[Series] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    chart: str | None = None
+    panels: list[Panel] = field(default_factory=list)
+    lacks: list[str] = field(default_factory=list)
     machine: Mapping[str, str] = field(default_factory=_machine)
     at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     commit: str = field(default_factory=_commit)
@@ -119,10 +145,18 @@ class Report:
         """Add a ratio, taken round by round."""
         self.ratios.append(Ratio(name, [a / b for a, b in zip(above, below, strict=True)], aim, at_least))
 
+    def panel(self, figure: str) -> None:
+        """Draw a figure of all contenders that have it."""
+        bars = {one.contender: one.contender for one in self.series if one.figure == figure}
+        self.panels.append(Panel("", [figure], bars, [who for who in bars if who.startswith("relay")]))
+
     # -- kept ----------------------------------------------------------------------------------------------------
 
     def save(self, directory: Path = DIRECTORY) -> Path:
-        """Keep it; the file."""
+        """Keep it, a trial apart; the file. `ServerError` when it has no figures."""
+        if not self.series:
+            raise ServerError(f"The part {self.part} found no figures: nothing is kept.")
+        directory = directory / TRIALS if self.lacks else directory
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / f"{self.part}.json"
         file.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
@@ -130,10 +164,11 @@ class Report:
 
     @classmethod
     def load(cls, file: Path) -> Report:
-        """What `save` kept."""
+        """What `save` kept; `KeyError`, `TypeError` or `ValueError` when it is of another version."""
         kept = json.loads(file.read_text("utf-8"))
         kept["series"] = [Series(**one) for one in kept["series"]]
         kept["ratios"] = [Ratio(**one) for one in kept["ratios"]]
+        kept["panels"] = [Panel(**one) for one in kept["panels"]]
         return cls(**kept)
 
     # -- shown ---------------------------------------------------------------------------------------------------
@@ -176,10 +211,16 @@ def _cell(one: Series) -> str:
     return f"{middle}{unit} ({_number(spread.least, one.digits)} to {_number(spread.most, one.digits)})"
 
 
+def _share(part: float) -> str:
+    if part < 0.001:
+        return "less than 0.1%"
+    return f"{part:.0%}" if part >= 0.095 else f"{part:.1%}"
+
+
 def _ratio_row(one: Ratio) -> str:
     spread = one.spread
     aim = "" if one.aim is None else f"at {'least' if one.at_least else 'most'} {one.aim:g}"
-    met = {None: "", True: "met", False: "**missed**"}[one.met]
+    met = {None: "", True: "met", False: f"**missed by {_share(one.missed_by)}**"}[one.met]
     # A digit more than the aim has, so that nothing seems to be met that is not.
     digits = 2 if one.aim is None else max(2, len(f"{one.aim:g}".partition(".")[2]) + 1)
     middle, least, most = (f"{value:.{digits}f}" for value in (spread.median, spread.least, spread.most))

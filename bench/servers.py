@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
+import confluent_kafka
 import psycopg
 from psycopg import sql
 
+from bench.contender import Contender
 from bench.topics import Topics
+from devstack.install import LIBS, java_program
 from devstack.kafka import Kafka
 from devstack.postgres import Postgres
 
@@ -62,14 +68,28 @@ class Servers:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         return server.url(name)
 
-    def versions(self) -> dict[str, str]:
-        """What runs."""
-        found = {}
+    def versions(self, contenders: Iterable[Contender]) -> dict[str, str]:
+        """What runs: the servers, the clients that the benchmarks and the relay share, and these contenders."""
+        found: dict[str, str] = {}
+        for one in contenders:
+            found |= one.versions
         for server in list(self._postgres.values())[:1]:
             with psycopg.connect(server.url()) as connection:
-                row = connection.execute("SHOW server_version").fetchone()
-            found["PostgreSQL"] = str(row[0]).split()[0] if row else "?"
-        return found
+                found["PostgreSQL"] = connection.info.parameter_status("server_version") or "?"
+        java = subprocess.run([java_program(), "-version"], capture_output=True, text=True, check=False)
+        return found | {
+            "Kafka": kafka_version(),
+            "Java": next(iter(re.findall(r'version "([^"]+)"', java.stderr + java.stdout)), "?"),
+            "confluent-kafka": metadata.version("confluent-kafka"),
+            "librdkafka": confluent_kafka.libversion()[0],
+            "psycopg": psycopg.__version__,
+            "libpq": psycopg.pq.version_pretty(psycopg.pq.version()),
+        }
+
+
+def kafka_version() -> str:
+    """The broker's, as the name of its jar has it."""
+    return next((jar.stem.removeprefix("kafka-clients-") for jar in LIBS.glob("kafka-clients-*.jar")), "?")
 
 
 @contextmanager

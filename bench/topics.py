@@ -23,6 +23,13 @@ _LATEST = _SPEC.latest()
 _LOOK_SECONDS = 0.025
 _ANSWER_SECONDS = 30.0
 _QUIET_SECONDS = 1.5
+# The controller has made a topic, and the broker is about to lead it.
+_UNSETTLED = {
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+}
 
 Offsets = Mapping[int, int]
 """Of each partition the offset below which everything is committed."""
@@ -57,12 +64,19 @@ class Topics:
         topic = self._admin.list_topics(name, timeout=_ANSWER_SECONDS).topics[name]
         return self._ends(name, list(topic.partitions))
 
-    def _ends(self, name: str, partitions: list[int]) -> Offsets:
+    def _ends(
+        self, name: str, partitions: list[int], isolation: IsolationLevel = IsolationLevel.READ_COMMITTED
+    ) -> Offsets:
         asked = {TopicPartition(name, partition): _LATEST for partition in partitions}
-        futures = self._admin.list_offsets(
-            asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=_ANSWER_SECONDS
-        )
-        return {found.partition: future.result().offset for found, future in futures.items()}
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while True:
+            futures = self._admin.list_offsets(asked, isolation_level=isolation, request_timeout=_ANSWER_SECONDS)
+            try:
+                return {found.partition: future.result().offset for found, future in futures.items()}
+            except KafkaException as exception:
+                if exception.args[0].code() not in _UNSETTLED or time.monotonic() > deadline:
+                    raise
+            time.sleep(_LOOK_SECONDS)
 
     def watch(
         self,
@@ -71,34 +85,47 @@ class Topics:
         *,
         began: float,
         done: Callable[[int], bool],
+        check: Callable[[], None],
         seconds: float,
-        told: Callable[[int], None] = lambda _: None,
     ) -> Timeline:
         """Watch a topic grow until `done` (given how many offsets were added) holds and it has been quiet for a while.
 
         From outside, by asking for offsets: a consumer would take a share of the cores that grows with the speed of
         what is measured. Offsets count the markers of transactions too, so `done` is a lower bound and the records are
-        counted afterwards. Raises `ServerError` after `seconds`.
+        counted afterwards. `check` raises when nothing more is to be waited for. Raises `ServerError` after `seconds`.
         """
         first: tuple[float, int] | None = None
         last = (began, 0)
         begin = sum(starts.values())
         while True:
+            check()
             added = sum(self._ends(name, list(starts)).values()) - begin
             now = time.monotonic()
             if added > last[1]:
                 last = (now, added)
                 first = first or last
-                told(added)
             if first is not None and now - last[0] > _QUIET_SECONDS and done(added):
                 return Timeline(began, first[0], first[1], last[0], added)
             if now - began > seconds:
                 raise ServerError(f"{added} offsets were added to {name} in {seconds:g} s, and it was to be more.")
             time.sleep(_LOOK_SECONDS)
 
-    def judge(self, name: str, starts: Offsets, *, versions: bool = True) -> Delivered:
-        """Read what a `read_committed` consumer gets from `starts` to the end as it is now, and sum it up."""
-        ends = self.ends(name)
+    def judge(self, starts: Mapping[str, Offsets]) -> Delivered:
+        """Read what a `read_committed` consumer gets from `starts`, by topic, to the ends as they are now.
+
+        Whoever wrote has ended. Kafka marks a transaction in its partitions after the commit has returned: waited for.
+        """
+
+        def marked() -> bool:
+            return all(
+                self._ends(name, list(of_name)) == self._ends(name, list(of_name), IsolationLevel.READ_UNCOMMITTED)
+                for name, of_name in starts.items()
+            )
+
+        wait_for(marked, seconds=_ANSWER_SECONDS, what=f"the end of all transactions in {', '.join(starts)}")
+        ends = {
+            (name, partition): end for name in starts for partition, end in self._ends(name, list(starts[name])).items()
+        }
         consumer = Consumer(
             {
                 "bootstrap.servers": self.bootstrap,
@@ -110,22 +137,23 @@ class Topics:
             }
         )
         delivered = Delivered()
-        left = {partition for partition in ends if starts.get(partition, 0) < ends[partition]}
+        left = {(name, partition) for (name, partition), end in ends.items() if starts[name][partition] < end}
         heard = time.monotonic()
         try:
-            consumer.assign([TopicPartition(name, partition, starts.get(partition, 0)) for partition in left])
+            consumer.assign([TopicPartition(name, partition, starts[name][partition]) for name, partition in left])
             while left:
                 for message in consumer.consume(10_000, 0.1):
                     heard = time.monotonic()
                     error = message.error()
+                    place = (message.topic() or "", message.partition() or 0)
                     if error is None:
-                        delivered.take(message.key(), message.value(), versions=versions)
-                    elif error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001  librdkafka's local codes
+                        delivered.take(message.key(), message.value())
+                    elif error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's local codes are named so
                         raise KafkaException(error)
-                    elif (message.offset() or 0) >= ends[message.partition() or 0]:
-                        left.discard(message.partition() or 0)
+                    elif (message.offset() or 0) >= ends[place]:
+                        left.discard(place)
                 if time.monotonic() - heard > _ANSWER_SECONDS:
-                    raise ServerError(f"Kafka stopped answering while {name} was read.")
+                    raise ServerError(f"Kafka stopped answering while {', '.join(starts)} was read.")
         finally:
             with contextlib.suppress(RuntimeError):
                 consumer.close()
@@ -168,11 +196,9 @@ class Delivered:
     last: dict[bytes, int] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set, repr=False)
 
-    def take(self, key: bytes | None, value: bytes | None, *, versions: bool) -> None:
+    def take(self, key: bytes | None, value: bytes | None) -> None:
         """Take one record in."""
         self.records += 1
-        if not versions:
-            return
         version = int((value or b"").split(b'"version":', 1)[1].split(b",", 1)[0])
         name = key or b""
         if version in self._seen:

@@ -4,8 +4,9 @@ Each is a process of its own, `python -m bench.traffic writer|receiver|transacti
 other up, and writes what it saw into the file `out`: 64-bit integers, in groups; all times are nanoseconds of the
 monotonic clock, which the processes of one machine share.
 
-- `writer` (url, insert, rate, count, connections, base, out): number, just before the insert is sent, just after its
-  commit has returned.
+- `writer` (url, insert, rate, count, connections, places, base, out): number, just before the insert is sent, just
+  after its commit has returned. Of all connections, which share the numbers, this process has those at `places`: one
+  process of Python does not keep every rate.
 - `receiver` (bootstrap, topic, starts, count, patience, out): number, when it was handed over. Says `ready` when it has
   begun to wait.
 - `transactions` (bootstrap, topic, positions, rate, count, base, out): a bare Kafka transaction of two records for each
@@ -47,8 +48,8 @@ def paced(first: int, step: int, count: int, rate: float, began: float) -> Itera
 def writer(given: Mapping[str, Any]) -> array[int]:
     """Write changes, each in a transaction of its own, over several connections."""
     connections, rate, count, base = given["connections"], given["rate"], given["count"], given["base"]
-    seen: list[array[int]] = [array("q") for _ in range(connections)]
-    opened = [psycopg.connect(given["url"], autocommit=True) for _ in range(connections)]
+    opened = {place: psycopg.connect(given["url"], autocommit=True) for place in given["places"]}
+    seen: dict[int, array[int]] = {place: array("q") for place in opened}
     insert = given["insert"].encode()
     began = time.monotonic() + 0.2
 
@@ -60,14 +61,14 @@ def writer(given: Mapping[str, Any]) -> array[int]:
             connection.execute(insert, values, prepare=True)
             mine.extend((base + number, before, time.monotonic_ns()))
 
-    threads = [threading.Thread(target=write, args=(place,)) for place in range(connections)]
+    threads = [threading.Thread(target=write, args=(place,)) for place in opened]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for connection in opened:
+    for connection in opened.values():
         connection.close()
-    return sum(seen, array("q"))
+    return sum(seen.values(), array("q"))
 
 
 def receiver(given: Mapping[str, Any]) -> array[int]:
@@ -94,7 +95,7 @@ def receiver(given: Mapping[str, Any]) -> array[int]:
             continue
         now = time.monotonic_ns()
         if (error := message.error()) is not None:
-            if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  librdkafka's local codes are named so
+            if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's local codes are named so
                 continue
             raise KafkaException(error)
         heard = now / 1e9

@@ -1,4 +1,4 @@
-"""The Python peer `txoutbox`: rows are claimed, published and deleted; at least once, without transactions in Kafka."""
+"""The contender in Python, `txoutbox`: it claims, publishes and deletes rows; at least once, without transactions."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Txoutbox:
         self._servers = servers
         self._processes = processes
         self._notify = notify
-        self.postgres = servers.postgres("postgres")
-        self.url = servers.database(self.postgres, f"bench_{self._id.replace('-', '_')}")
+        self.postgres = servers.postgres(f"postgres-{self._id}")
+        self.url = servers.database(self.postgres, "bench")
         self._log = servers.directory / f"{self._id}.log"
         self._children: list[Child] = []
 
@@ -74,6 +74,14 @@ class Txoutbox:
         if not all(in_order):
             raise ServerError(f"txoutbox did not stop in order:\n{tail(self._log)}")
 
+    def check_alive(self) -> None:
+        """None of its processes has ended."""
+        codes = [code for child in self._children if (code := child.exit_code()) is not None]
+        if codes:
+            raise ServerError(
+                f"txoutbox ended by itself (exit code {codes[0]}); the end of its log:\n{tail(self._log)}"
+            )
+
     def close(self) -> None:
         """Kill what runs."""
         children, self._children = self._children, []
@@ -94,6 +102,11 @@ class Txoutbox:
     def insert(self) -> str:
         """As its own `insert` has it, without headers."""
         return f"INSERT INTO outbox (topic, key, payload) VALUES ('{self.topic}', %s, convert_to(%s, 'UTF8'))"
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Itself, and the clients that it uses."""
+        return install.locked("txoutbox", "aiokafka", "asyncpg")
 
     def done(self, load: Load, added: int) -> bool:
         """A record for each row."""

@@ -1,4 +1,4 @@
-"""A process of the peer `txoutbox`: `python -P txoutbox_relay.py JSON`, in the environment that has it installed.
+"""A process of the contender `txoutbox`: `python -P txoutbox_relay.py JSON`, in the environment that has it installed.
 
 Imports nothing of this project. The argument is an object: `url`, `bootstrap`, `notify` (wake by LISTEN, which its
 trigger then serves), and `schema_only` (print its DDL and end).

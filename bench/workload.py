@@ -14,18 +14,18 @@ from devstack.processes import ServerError
 TRANSACTION = 100
 """Rows in one of the owner's transactions. One transaction of a million rows would make logical decoding spill to
 disk, which no service does to it; a million transactions would take the filling longer than everything else."""
+_STATE_BYTES = 280
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Rows to be written: `entries` of them, over `keys` keys, with states of about `size` bytes.
+    """Rows to be written: `entries` of them, over `keys` keys, with states of about 280 bytes.
 
     `base` numbers the rows on from an earlier load: row n has the version base + n.
     """
 
     entries: int
     keys: int
-    size: int = 280
     base: int = 0
 
     @property
@@ -39,11 +39,11 @@ class Load:
 
         Those compress as real states do, by about half.
         """
-        digits = " || ".join(f"md5(n || '{letter}')" for letter in "abcdefghijklmnop"[: self.size // 32 + 1])
+        digits = " || ".join(f"md5(n || '{letter}')" for letter in "abcdefghijklmnop"[: _STATE_BYTES // 32 + 1])
         version = f"({self.base} + n)"
         return (
             f'\'{{"version":\' || {version} || \',"note":"\' || '
-            f"left({digits}, {self.size - 23} - length({version}::text)) || '\"}}'"
+            f"left({digits}, {_STATE_BYTES - 23} - length({version}::text)) || '\"}}'"
         )
 
     def fill(self, url: str, table: str, columns: Sequence[str], values: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """The outbox reader: batches by position, from PostgreSQL.
 
 One connection, used by one thread at a time. A batch is one REPEATABLE READ transaction and, without requests, one
-round trip; the batches of a backlog, each read while the one before it is committed, are streamed. Reads only;
-`report` and `adopt` are functions of the schema that the relay's role may call.
+round trip; the batches of a backlog, each read while the one before it is committed, are streamed. It writes to no
+table: it notifies, has the write-ahead log flushed, and reports by a function of the schema.
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ from outbox.sourced import Sources
 from outbox.wake import Wake
 
 _MOST = 2**63 - 1
-# Rows that the client takes in at once: what a batch may be larger than its limit while it is read.
+# Rows that the client takes in at once, where none of them can be large: what a batch may be larger than its limit
+# while it is read, and that many limits at the most.
 _CHUNK_ROWS = 64
+_CHUNK_LIMITS = 4
+# Rows that are asked for beyond those that fill a batch like the one before would have to be taken back.
+_LIKELY = 0.95
 _VARYING = tuple(map(itemgetter, (2, 3, 6, 7)))
 _BACKEND_FLUSHES = 170_000  # from PostgreSQL 17 on, a message can be flushed without a transaction
 
@@ -61,6 +65,8 @@ class Reader:
         self._ringing = self._to_unlock = False
         # All before this place of the write-ahead log was on the disk when the last batch was read.
         self._flushed_to = 0
+        # Of the last batch that was cut: what a row of a backlog is likely to need.
+        self._mean_size = 1.0
         identifier = psycopg_sql.Identifier(config.schema).as_string(None)
         self._sql = {
             name: text.replace("{schema}", identifier)
@@ -92,8 +98,9 @@ class Reader:
                 identity = self._identify(connection)
                 # The relay's queries are written for their indexes; a plan made while the table was small must not
                 # stay when it has grown. Planning anew for each batch costs more than reading a few entries.
-                connection.execute("SET enable_seqscan = off")
-                connection.execute("SET enable_bitmapscan = off")
+                # The order that each asks for is that of the index which it is to use.
+                for way in ("seqscan", "bitmapscan", "sort", "incremental_sort"):
+                    connection.execute(f"SET enable_{way} = off".encode())
                 connection.execute("SET plan_cache_mode = force_generic_plan")
                 connection.execute("SET jit = off")
                 connection.execute(psycopg_sql.SQL("LISTEN {}").format(psycopg_sql.Identifier(self._config.schema)))
@@ -229,6 +236,8 @@ class Reader:
                 head, requests = self._head(head_cursor.fetchone())
                 entries = cast("list[Entry]", cursor.fetchall())
                 batch = Batch(position, head, self._types, entries, self._ended_at(entries))
+                if batch.cut:
+                    self._mean_size = _sizes(entries) / len(entries)
                 if wanted is not None and batch.takes_requests:
                     asked = wanted(requests, self._types)
                     retained = self._retained(connection, asked.retained, head)
@@ -246,7 +255,9 @@ class Reader:
     def _stream(self, position: Position, cut: Cut) -> Batch:
         """The next batch of a backlog: read row by row, while the server goes on, up to the limit in bytes."""
         connection = self._open()
-        arguments = self._range(cut, above=max(position.point.floor, cut.last_id))
+        # A query that is ended before its end is one that the server cancels, and logs.
+        rows = min(self._config.batch_rows, max(1, int(self._config.batch_bytes * _LIKELY / self._mean_size)))
+        arguments = {**self._range(cut, above=max(position.point.floor, cut.last_id)), "rows": rows}
         entries: list[Entry] = []
         size, more = 0, True
         with self._asking():
@@ -255,10 +266,11 @@ class Reader:
                     connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                     head_cursor = connection.execute(self._query("head"), self._head_arguments(position), prepare=True)
                 head, _ = self._head(head_cursor.fetchone())
-                read = connection.cursor().stream(self._query("backlog"), arguments, binary=True, size=_CHUNK_ROWS)
+                at_once = self._chunk_rows()
+                read = connection.cursor().stream(self._query("backlog"), arguments, binary=True, size=at_once)
                 # Closed before its end, it cancels the query.
-                with closing(cast("Generator[Entry]", read)) as rows:
-                    while more and (chunk := list(islice(rows, _CHUNK_ROWS))):
+                with closing(cast("Generator[Entry]", read)) as stream:
+                    while more and (chunk := list(islice(stream, at_once))):
                         entries += chunk
                         size += _sizes(chunk)
                         more = size < self._config.batch_bytes
@@ -269,8 +281,15 @@ class Reader:
                 _end(connection)
         while not more and size - _size(entries[-1]) >= self._config.batch_bytes:
             size -= _size(entries.pop())
-        ended = more and len(entries) < self._config.batch_rows
+        ended = more and len(entries) < rows
+        if entries:
+            self._mean_size = size / len(entries)
         return Batch(position, head, self._types, entries, None if ended else entries[-1][0])
+
+    def _chunk_rows(self) -> int:
+        """How many rows the client may take in at once, whatever is in them."""
+        greatest = max((entity_type.max_bytes for entity_type in self._types.values()), default=1)
+        return max(1, min(_CHUNK_ROWS, _CHUNK_LIMITS * self._config.batch_bytes // greatest))
 
     def _range(self, cut: Cut | None, *, above: int) -> dict[str, Any]:
         """What the queries of entries are asked for; of a cut, what lies between it and its end."""

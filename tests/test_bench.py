@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench import document, drain, growth, owner
+import bench.__main__
+from bench import document, drain, growth, hot, idle, install, latency, limits, owner
 from bench.__main__ import PARTS, main
+from bench.measure import turned
 from bench.options import Options
-from bench.report import Report
+from bench.part import Part
+from bench.relay import Relay
+from bench.report import Ratio, Report, Series
+from bench.servers import servers
 from bench.topics import Delivered
 from bench.view import View
 from bench.workload import Load
 from devstack.processes import ServerError
+from outbox.config import Config
+from outbox.reader import Reader
+
+
+def asked(*peers: str, entries: int = 1) -> Options:
+    """The smallest run of a part."""
+    return Options(
+        "here", entries=entries, rounds=1, warm_up=0, seconds=60, stage_seconds=1, peers=peers, view=View(quiet=True)
+    )
 
 
 @pytest.mark.acceptance
 def test_a_small_drain_delivers_every_entry_and_measures_the_relay_and_the_limit() -> None:
     """Servers, filling, the relay as a process, the count of what can be read, usage, COPY; no other Java peers."""
-    report = drain.run(
-        Options("here", entries=2000, rounds=1, warm_up=0, seconds=60, stage_seconds=1, peers=("relay", "COPY"),
-                view=View(quiet=True))
-    )  # fmt: skip
+    report = drain.run(asked("relay", "COPY", entries=2000))
     assert report.of("relay", "records") == [2000]
     assert all(value > 0 for one in report.series for value in one.values)
     assert {one.contender for one in report.series} == {"relay", "COPY"}
@@ -31,28 +46,81 @@ def test_a_small_drain_delivers_every_entry_and_measures_the_relay_and_the_limit
 
 @pytest.mark.acceptance
 def test_a_small_growth_drains_outboxes_with_a_past_and_finds_no_row_that_publishing_left_dead() -> None:
-    """Two of the pasts, in one run: a ring that went round, and a transaction that stays open."""
-    report = growth.run(
-        Options("here", entries=200, rounds=1, warm_up=0, seconds=60, stage_seconds=1,
-                peers=(growth.FRESH, growth.OPEN, growth.RING), view=View(quiet=True))
-    )  # fmt: skip
-    assert {one.contender for one in report.series} == {"relay, fresh", "relay, open", "relay, ring"}
-    assert {one.name for one in report.ratios} == {"rate: open / fresh", "rate: ring / fresh"}
-    assert report.of("relay, ring", "rows read without an index") == [0]
-    assert any(note.endswith("in all of them: 0.") for note in report.notes)
+    """Three of the pasts, in one run; a row that is read without an index, or not delivered, would fail it."""
+    report = growth.run(asked(growth.OPEN, growth.RING, growth.LATE, entries=200))
+    names = ("open", "ring", "late")
+    assert {one.contender for one in report.series} == {f"relay, {name}" for name in ("fresh", *names)}
+    assert {one.name for one in report.ratios} == {f"rate: {name} / fresh" for name in names}
+    # Fetched once for each entry; a late one is found by its transaction.
+    assert 1 <= report.of("relay, late", "rows looked at for an entry")[0] < 10
+    assert all(report.of(f"relay, {name}", column) == [0] for name in names for column in growth.DEAD)
 
 
 @pytest.mark.acceptance
 def test_a_small_owner_times_every_variant_beside_the_plain_insert() -> None:
     """Nothing but stock pgbench, a second a run; the verdicts are for the greatest number of clients."""
-    report = owner.run(
-        Options("here", entries=1, rounds=1, warm_up=0, seconds=60, stage_seconds=1, peers=(owner.OFF, owner.BULK),
-                view=View(quiet=True))
-    )  # fmt: skip
+    report = owner.run(asked(owner.OFF, owner.BUSY, owner.BULK))
     titles = {one.title for one in owner.variants()}
     assert {one.contender.partition(",")[0] for one in report.series} == titles
-    assert all(0 < value < 100 for one in report.series for value in one.values)
-    assert len(report.ratios) == 2 * (3 + 1)
+    assert all(0 < value < 100 for one in report.series for value in one.values if one.unit != "ms")
+    judged = [one for one in report.ratios if one.aim is not None]
+    assert len(judged) == 2 * (3 + 3 + 1)
+    # What a running relay costs everybody, with each number of clients and kind of commit.
+    assert len(report.ratios) - len(judged) == 4
+
+
+@pytest.mark.acceptance
+def test_a_small_hot_run_writes_fewer_records_than_entries() -> None:
+    """The same relay, hot keys and distinct ones."""
+    report = hot.run(asked("relay", entries=5000))
+    assert report.of(hot.DISTINCT, "records") == [5000]
+    assert hot.KEYS <= report.of("relay", "records")[0] < 5000
+    assert [one.name for one in report.ratios] == ["rate: hot keys / distinct keys"]
+
+
+@pytest.mark.acceptance
+def test_a_small_latency_run_times_every_stage_and_the_bare_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writers, a consumer, the relay's own steps; the stage whose rate was not kept would have no verdict."""
+    monkeypatch.setattr(latency, "_WARM_SECONDS", 0.2)
+    report = latency.run(asked("relay", "bare"))
+    stages = {stage.name for stage in latency.STAGES}
+    assert {one.contender for one in report.series if one.figure == "p99"} == {
+        *(f"relay, {stage}" for stage in stages),
+        f"{latency.BARE_NAME}, {latency.IDLE}",
+    }
+    for stage in stages:
+        middle, most = (report.of(f"relay, {stage}", f"{name} from before the insert")[0] for name in ("p50", "max"))
+        assert 0 < report.of(f"relay, {stage}", "p50")[0] < middle <= most
+    assert [panel.title for panel in report.panels] == [stage.name for stage in latency.STAGES]
+    assert sum("wake-up" in note and "%" in note for note in report.notes) == len(stages)
+
+
+@pytest.mark.acceptance
+def test_a_small_idle_run_counts_cpu_and_statements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay that sleeps, and the servers alone."""
+    monkeypatch.setattr(idle, "_SETTLE_SECONDS", 0.2)
+    report = idle.run(replace(asked("relay"), stage_seconds=3))
+    assert {one.contender for one in report.series} == {"relay", idle.NOBODY}
+    # A relay looks from time to time; one that asked all the time would not be idle.
+    assert 0 < report.of("relay", "statements/s in the database")[0] < 100
+
+
+@pytest.mark.acceptance
+def test_a_contender_that_dies_ends_the_wait_at_once(tmp_path: Path) -> None:
+    """Not only after the time that it may take; its log is shown."""
+
+    class Killed(Relay):
+        def begin(self) -> None:
+            super().begin()
+            assert self._child is not None
+            self._child.send(signal.SIGKILL)
+
+    with servers(tmp_path) as those:
+        relay = Killed(those)
+        those.stack.callback(relay.close)
+        relay.prepare()
+        with pytest.raises(ServerError, match=r"The relay ended by itself \(exit code -9\)"):
+            drain.drain_once(relay, Load(10, 10), those, seconds=600, told=lambda _: None)
 
 
 def test_a_contender_that_lost_doubled_or_held_back_something_is_refused() -> None:
@@ -63,7 +131,7 @@ def test_a_contender_that_lost_doubled_or_held_back_something_is_refused() -> No
     def judged(records: list[tuple[bytes, int]], *, collapsed: bool = False) -> None:
         delivered = Delivered()
         for key, version in records:
-            delivered.take(key, b'{"version":%d,"note":""}' % version, versions=True)
+            delivered.take(key, b'{"version":%d,"note":""}' % version)
         load.check(delivered, exactly_once=True, collapsed=collapsed, who="somebody")
 
     judged(right)
@@ -73,14 +141,21 @@ def test_a_contender_that_lost_doubled_or_held_back_something_is_refused() -> No
             judged(wrong)
 
 
+def found(part: str = "drain", *, at: str = "2026-01-01", lacks: Sequence[str] = ()) -> Report:
+    """A report with a few figures."""
+    report = Report(part, part.title(), "here", {"entries": 1}, at=at, lacks=list(lacks))
+    report.series += [Series("relay", "entries/s", "", [3.0, 4.0, 5.0]), Series("other", "entries/s", "", [0.25, 0.5])]
+    report.ratio("rate", [3.0, 4.0, 5.0], [1.0, 1.0, 1.0], aim=4)
+    return report
+
+
 def test_a_report_is_kept_and_its_section_is_replaced_in_the_page(tmp_path: Path) -> None:
     """The text around the marks is people's and stays."""
-    report = Report("drain", "Drain", "here", {"entries": 1})
-    report.ratio("rate", [3.0, 4.0, 5.0], [1.0, 1.0, 1.0], aim=4)
+    report = found()
     page = tmp_path / "performance.md"
     page.write_text("# Mine\n\n<!-- bench:drain -->\nold\n<!-- /bench:drain -->\n\nAlso mine.\n")
     assert Report.load(report.save(tmp_path)) == report
-    assert document.write(list(PARTS), page, tmp_path) == ["drain"]
+    assert document.write(list(PARTS), page, tmp_path) == (["drain"], [])
     text = page.read_text()
     assert text.startswith("# Mine\n")
     assert text.endswith("\nAlso mine.\n")
@@ -89,9 +164,126 @@ def test_a_report_is_kept_and_its_section_is_replaced_in_the_page(tmp_path: Path
     assert json.dumps(report.as_json())
 
 
+def test_a_trial_is_kept_apart_and_does_not_come_into_the_page(tmp_path: Path) -> None:
+    """It is named, unless a full run is newer; what has no figures is not kept at all."""
+    page = tmp_path / "performance.md"
+    found(at="2026-01-02", lacks=["no warm-up"]).save(tmp_path)
+    assert document.write(["drain"], page, tmp_path) == ([], ["drain of 2026-01-02, a trial: no warm-up"])
+    assert not page.exists()
+    found(at="2026-01-01").save(tmp_path)
+    assert document.write(["drain"], page, tmp_path) == (["drain"], ["drain of 2026-01-02, a trial: no warm-up"])
+    found(at="2026-01-03").save(tmp_path)
+    assert document.write(["drain"], page, tmp_path) == (["drain"], [])
+    with pytest.raises(ServerError, match="found no figures"):
+        Report("hot", "Hot", "here", {}).save(tmp_path)
+    (tmp_path / "drain.json").write_text('{"part": "drain", "series": [], "chart": "p50"}')
+    with pytest.raises(ServerError, match="measure the part again"):
+        document.write(["drain"], page, tmp_path)
+
+
+def test_only_a_run_of_everything_that_is_large_enough_is_a_full_one() -> None:
+    """The defaults are; each thing that is missing is named."""
+    part = Part("part", lambda _: found(), ("a", "b"), by_entries=True, stage_seconds=10)
+    full = Options("here", entries=1_000_000, rounds=3, warm_up=1, seconds=600, stage_seconds=10, peers=("b", "a"))
+    assert part.lacks(full) == []
+    assert part.lacks(replace(full, entries=999_999)) == ["999,999 entries instead of 1,000,000"]
+    assert part.lacks(replace(full, rounds=2)) == ["rounds: 2 instead of 3 at least"]
+    assert part.lacks(replace(full, warm_up=0)) == ["no warm-up"]
+    assert part.lacks(replace(full, stage_seconds=5)) == ["stages of 5 s instead of 10"]
+    assert part.lacks(replace(full, peers=("a",))) == ["without b"]
+    assert replace(part, by_entries=False).lacks(replace(full, entries=1)) == []
+
+
+def test_a_missed_aim_says_by_how_much() -> None:
+    """As a share of the aim, by the median; however little it is."""
+
+    def shown(ratio: Ratio) -> str:
+        report = found()
+        report.ratios = [ratio]
+        return report.markdown().splitlines()[-1].split("|")[-2].strip()
+
+    assert shown(Ratio("r", [3.0, 3.6, 9.0], aim=4)) == "**missed by 10%**"
+    assert shown(Ratio("r", [0.486], aim=0.45, at_least=False)) == "**missed by 8.0%**"
+    assert shown(Ratio("r", [1.03001], aim=1.03, at_least=False)) == "**missed by less than 0.1%**"
+    assert shown(Ratio("r", [9.0], aim=4, at_least=False)) == "**missed by 125%**"
+    assert shown(Ratio("r", [4.0], aim=4)) == "met"
+    assert shown(Ratio("r", [4.0])) == ""
+
+
+def test_a_report_is_drawn_panel_by_panel(tmp_path: Path) -> None:
+    """By matplotlib, in the environment that the benchmarks have of their own; the same report, the same bytes."""
+    try:
+        install.python_packages()
+    except (ServerError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"matplotlib cannot be installed here: {error}")
+    report = found()
+    report.panel("entries/s")
+    report.panel("entries/s")
+    report.save(tmp_path)
+    drawn = []
+    for name in ("one", "two"):
+        page = tmp_path / name / "performance.md"
+        page.parent.mkdir()
+        assert document.write(["drain"], page, tmp_path) == (["drain"], [])
+        assert "](performance-drain.svg)" in page.read_text()
+        drawn.append((page.parent / "performance-drain.svg").read_bytes())
+    assert drawn[0] == drawn[1]
+    assert drawn[0].count(b'id="axes_') == 2
+
+
+@pytest.mark.postgres
+def test_the_limit_is_read_with_the_planner_settings_of_the_relay(outbox_database: str) -> None:
+    """Otherwise it would sort, or walk the whole log, where the relay does not."""
+    reader = Reader(Config(database_url=outbox_database), shard=0)
+    reader.open()
+    try:
+        asked_for = reader._open().execute(
+            "SELECT name, setting FROM pg_settings"
+            " WHERE source = 'session' AND (name LIKE 'enable_%' OR name LIKE 'jit%')"
+        )
+        assert dict(asked_for.fetchall()) == limits.PLANNER
+    finally:
+        reader.close()
+
+
+def test_another_one_begins_in_each_round() -> None:
+    """Those of the warm-up, which have negative numbers, too."""
+    assert [turned("abc", number) for number in (-1, 0, 1, 3)] == [list("cab"), list("abc"), list("bca"), list("abc")]
+    assert turned([], 7) == []
+
+
+def test_without_a_part_all_are_run_and_one_that_fails_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Each is kept as it ends; the page is written; the exit code and the last line say that something failed."""
+    commands: list[str] = []
+
+    def failing(options: Options) -> Report:
+        commands.append(options.command)
+        raise ServerError("no server")
+
+    parts = [Part("first", failing, ("a",)), Part("second", lambda _: found("second"), ("a",))]
+    monkeypatch.setattr(bench.__main__, "PARTS", {one.name: one for one in parts})
+    monkeypatch.setattr(Report, "save", lambda report: tmp_path / report.part)
+    monkeypatch.setattr(document, "write", lambda names: (names, []))
+    assert main(["--rounds", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "first failed: no server" in said
+    assert f"kept in {tmp_path / 'second'}" in said
+    assert said.endswith("Failed: first.\n")
+    assert commands == ['make bench ARGS="--rounds 1"']
+    assert main(["second"]) == 0
+
+
 def test_the_command_names_the_parts_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    """A mistyped part is answered with the right ones."""
+    """A mistyped part is answered with the right ones, and so is a mistyped peer."""
     with pytest.raises(SystemExit):
         main(["drian"])
     said = capsys.readouterr().err
     assert all(part in said for part in PARTS)
+    for arguments in (["drain", "--peers", "relai"], ["--peers", "relay"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    said = capsys.readouterr().err
+    assert all(peer in said for peer in drain.PEERS)
+    assert "name it" in said

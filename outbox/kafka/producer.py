@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 
-from outbox.errors import BrokerUnavailableError, ConfigError
+from outbox.errors import ConfigError
 from outbox.kafka.client import ANSWER_SECONDS, SLICE_SECONDS, make
 from outbox.kafka.faults import AWAY, Refused, error_of, translate, unavailable
 from outbox.message import Message
@@ -252,6 +252,5 @@ class TransactionalProducer:
 
     def close(self) -> None:
         """Abort what is open and throw it away."""
-        with contextlib.suppress(BrokerUnavailableError):
-            self.abort()
+        self.abort()
         self.discard()

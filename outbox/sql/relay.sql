@@ -50,8 +50,9 @@ LEFT JOIN LATERAL (
 -- What is visible now (S2) and was not visible at the position's point (S1), in id order. The simple form is
 --     WHERE shard = S AND visible in S2 AND (id > floor OR xid >= xmax(S1) OR xid = ANY (xip(S1)))
 -- but with OR the planner may walk a whole index. So: ranges that each have an index, which share no row.
--- `fresh`: above the anchor. `late`: at or below it, by transactions that S1 did not see.
--- `id + 0` keeps the late ranges off the index on ids, which would serve their order by walking the whole log. The
+-- First: above the anchor. Then what is late, at or below it: by transactions that S1 did not know, and by those that
+-- were in progress, each walked from where the cut is: an import of a million rows that commits late is read once.
+-- `id + 0` keeps the first late range off the index on ids, which would serve its order by walking the whole log. The
 -- order by xid, which nobody needs, keeps them on the index on transactions: for a slot that is empty, or without
 -- statistics, the planner takes one index for as good as the other, and its plan stays while the slot fills.
 -- The time as a double is half as dear as extract's numeric; the half of a microsecond makes up for its rounding.
@@ -85,11 +86,13 @@ FROM (
                 e.content_type, e.cause, e.headers::text,
                 256 + length(e.key) + coalesce(octet_length(e.state), 0) + coalesce(length(e.cause), 0)
                 + coalesce(length(e.headers::text), 0)
-         FROM (SELECT * FROM {schema}.entries e
-               WHERE e.shard = %(shard)s::smallint AND e.xid = ANY (%(xip1)s::text::xid8[])
-                 AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
-                 AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
-               ORDER BY e.xid OFFSET 0) e
+         FROM unnest(%(xip1)s::text::xid8[]) AS late (xid),
+              LATERAL (SELECT * FROM {schema}.entries e
+                       WHERE e.shard = %(shard)s::smallint
+                         AND (e.xid, e.id) > (late.xid, %(last_id)s::bigint)
+                         AND (e.xid, e.id) <= (late.xid, %(floor)s::bigint)
+                         AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
+                       ORDER BY e.xid, e.id LIMIT {batch_rows}) e
          ORDER BY e.id LIMIT {batch_rows})
         ORDER BY id LIMIT {batch_rows}
     ) b
@@ -118,13 +121,13 @@ ORDER BY id
 
 -- name: backlog
 -- The same again for the next batch of a cut, read row by row: who reads ends it at the limit in bytes, since the
--- running sum would be half of what a row costs the server.
+-- running sum would be half of what a row costs the server. `rows` are as many as are likely to fit.
 SELECT e.id, e.type, e.key, e.state, floor(date_part('epoch', e.created_at) * 1000 + 0.0005)::bigint,
        e.content_type, e.cause, e.headers::text
 FROM {schema}.entries e
 WHERE e.shard = %(shard)s::smallint AND e.id > %(above)s::bigint AND e.id <= %(upto)s::bigint
   AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
-ORDER BY e.id LIMIT {batch_rows}
+ORDER BY e.id LIMIT %(rows)s
 
 -- name: last_retained
 -- The last retained entry of each of some keys, as of the batch's snapshot: what a retry publishes.
