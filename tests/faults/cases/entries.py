@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 
 from faults.cases.copies import lose_tail
-from faults.load import Load
+from faults.load import TYPES, Load
 from faults.scene import Outcome, Relay, Say, Scene
 from relays import eventually, must
 
@@ -70,6 +70,11 @@ def pruned(
         yield Outcome("a slot is pruned under load, another is locked", emptied, scene.settle(relay), seconds, notes)
         scene.lose_positions()
         yield Outcome("the positions topic is lost after pruning out of order", 1, scene.settle())
+        last = scene.relay()
+        last.wait_said("relay.holds")
+        for type_name in TYPES:
+            must(scene.env(), "replay", "--type", type_name)
+        yield Outcome("all that is retained is replayed after pruning out of order", 1, scene.settle(last))
 
 
 def pruned_and_failed_over(directory: Path, times: int, say: Say) -> Iterator[Outcome]:
