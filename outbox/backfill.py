@@ -9,13 +9,12 @@ from typing import Any
 import psycopg
 
 from outbox import requests, source
-from outbox.capture import SEARCH_PATH, TEXT_SETTINGS
 from outbox.database import Connection
 from outbox.entity_type import EntityType
 from outbox.errors import ConfigError
 from outbox.position import Position
 from outbox.requests import Asked
-from outbox.schema import literal, quote
+from outbox.schema import quote
 from outbox.source import Source
 
 _EXAMPLES = 5
@@ -83,10 +82,7 @@ def _look(connection: Connection, entity_type: EntityType) -> Source:
 def _prepare(connection: Connection, entity_type: EntityType) -> None:
     connection.execute("SET TRANSACTION READ ONLY")
     connection.execute("SET LOCAL statement_timeout = 0")
-    for name, value in TEXT_SETTINGS.items():
-        connection.execute(f"SET LOCAL {quote(name)} = {literal(value)}".encode())
-    if entity_type.derived:
-        connection.execute(f"SET LOCAL search_path TO {SEARCH_PATH}".encode())
+    source.run_under(connection, derived=entity_type.derived)
 
 
 def _survey(found: Source, where: str | None) -> str:

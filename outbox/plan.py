@@ -200,7 +200,7 @@ class Plan:
         self.position = part.position
         self._done = part.end
         self._reached = self._place_of(part.end)
-        self._finished = part.end == len(self._messages)
+        self._finished = self.ends_with(part)
         if part.position.cut is not None:
             self._done_id = part.position.cut.last_id
         else:

@@ -23,7 +23,6 @@ from pathlib import Path
 import psycopg
 
 from outbox.canonical import digest, json_digest
-from outbox.capture import SEARCH_PATH, TEXT_SETTINGS
 from outbox.config import Config
 from outbox.database import Connection
 from outbox.entity_type import EntityType
@@ -33,8 +32,8 @@ from outbox.kafka.reader import Record
 from outbox.kafka.shard_log import read_positions
 from outbox.message import CONTENT_TYPE_HEADER, JSON_CONTENT_TYPE
 from outbox.position import Position
-from outbox.schema import literal, quote
-from outbox.source import Source, look
+from outbox.schema import quote
+from outbox.source import Source, look, run_under
 
 KINDS = ("missing", "stale", "orphaned", "undecodable")
 """A key of the source without a live record; one whose record says something else; a live record without a row; a
@@ -264,10 +263,7 @@ class Reconciler:
         with self._connection.transaction():
             self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             self._connection.execute("SET LOCAL statement_timeout = 0")
-            for name, value in TEXT_SETTINGS.items():
-                self._connection.execute(f"SET LOCAL {quote(name)} = {literal(value)}".encode())
-            if self._type.derived:
-                self._connection.execute(f"SET LOCAL search_path TO {SEARCH_PATH}".encode())
+            run_under(self._connection, derived=self._type.derived)
             row = self._connection.execute("SELECT pg_current_snapshot()::text").fetchone()
             try:
                 yield str(row[0]) if row else ""
@@ -310,15 +306,20 @@ class Reconciler:
     def _wait_published(self, snapshot: str) -> None:
         """Wait until everything that a snapshot sees is published; `NoRelayError` when that takes too long."""
         deadline = time.monotonic() + self._seconds
-        for shard in range(self._shards):
-            while not self._published(shard, snapshot):
-                if time.monotonic() > deadline:
-                    raise NoRelayError(
-                        f"Shard {shard} of {self._name} has not published in {self._seconds:g} s what was committed by "
-                        "then.",
-                        cure="See outbox status: does a relay run, and how far is it?",
-                    )
-                time.sleep(0.1)
+        behind: Sequence[int] = range(self._shards)
+        while True:
+            values = read_positions(self._config, self._name)
+            # What is published once stays so: only the others are looked at again.
+            behind = [shard for shard in behind if not self._published(shard, values[shard], snapshot)]
+            if not behind:
+                return
+            if time.monotonic() > deadline:
+                raise NoRelayError(
+                    f"Shard {behind[0]} of {self._name} has not published in {self._seconds:g} s what was committed by "
+                    "then.",
+                    cure="See outbox status: does a relay run, and how far is it?",
+                )
+            time.sleep(0.1)
 
     def _wait_marked(self) -> None:
         """Wait until all that the topic has now is marked: Kafka marks a transaction partition by partition.
@@ -336,8 +337,7 @@ class Reconciler:
                 )
             time.sleep(0.05)
 
-    def _published(self, shard: int, snapshot: str) -> bool:
-        value = read_positions(self._config, self._name)[shard]
+    def _published(self, shard: int, value: bytes | None, snapshot: str) -> bool:
         position = Position.decode(value) if value is not None else None
         point = position.point if position is not None else None
         if position is None or point is None or position.cut is not None or point.snapshot is None:

@@ -69,10 +69,6 @@ class Wanted:
     current: Sequence[Entity] = ()
     page: Page | None = None
 
-    def __bool__(self) -> bool:
-        """Whether anything is wanted."""
-        return bool(self.retained or self.current or self.page)
-
 
 class Row(NamedTuple):
     """One row of a source: as an entry with id 0, since none was written, and where the page would end after it.

@@ -15,7 +15,7 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from outbox.database import Connection
-from outbox.errors import ConfigError, RelayError
+from outbox.errors import ConfigError, NoRelayError, RelayError
 from outbox.schema import quote
 
 
@@ -117,9 +117,15 @@ def set_state(connection: Connection, schema: str, number: int, *, paused: bool 
 
 
 def wait_for(
-    connection: Connection, schema: str, request_id: int, shards: int, *, seconds: float, on_wait: Callable[[], None]
-) -> dict[int, Any] | None:
-    """Wait until every shard has said what became of a request; by shard, or None when the time is over.
+    connection: Connection,
+    schema: str,
+    request_id: int,
+    shards: int,
+    *,
+    seconds: float,
+    on_wait: Callable[[], None] = lambda: None,
+) -> dict[int, Any]:
+    """Wait until every shard has said what became of a request; by shard. `NoRelayError` when that takes too long.
 
     `on_wait` is called once, if it takes longer than a moment.
     """
@@ -131,8 +137,29 @@ def wait_for(
         if len(outcomes) >= shards:
             return outcomes
         if time.monotonic() > deadline:
-            return None
+            raise NoRelayError(
+                f"Request {request_id} is written, but no relay has done it in {seconds:g} s.",
+                cure="It will be done when a relay runs: outbox relay. See outbox status.",
+            )
         if moment is not None and time.monotonic() > moment:
             on_wait()
             moment = None
         time.sleep(0.1)
+
+
+def publish(
+    connection: Connection, schema: str, arguments: Mapping[str, Any], shards: int, *, seconds: float
+) -> list[Mapping[str, Any]]:
+    """Have named keys published as they are now, and wait for it: what each shard made of it.
+
+    Raises `NoRelayError` when no relay does it in time, `ConfigError` when the source cannot be read.
+    """
+    number = ask(connection, schema, "publish", arguments)
+    outcomes = list(wait_for(connection, schema, number, shards, seconds=seconds).values())
+    for outcome in outcomes:
+        if "error" in outcome:
+            raise ConfigError(
+                f"Request {number} could not be done: {outcome['error']}.",
+                cure="Mend the source: outbox types change TYPE --source ...",
+            )
+    return outcomes

@@ -17,9 +17,10 @@ from typing import Any
 
 import psycopg
 
+from outbox.capture import SEARCH_PATH, TEXT_SETTINGS
 from outbox.database import Connection
 from outbox.errors import ConfigError
-from outbox.schema import quote
+from outbox.schema import literal, quote
 
 EXAMPLE = "SELECT id::text AS key, to_jsonb(t) AS state, id FROM customer t"
 _OWN = ("key", "state", "headers", "cause")
@@ -153,6 +154,13 @@ def split_key(key: str, parts: int) -> list[str] | None:
 
 def _doubled(query: str) -> str:
     return query.replace("%", "%%")
+
+
+def run_under(connection: Connection, *, derived: bool) -> None:
+    """Set, until the transaction ends, what a source is run under; `derived`: it is of a capture."""
+    for name, value in TEXT_SETTINGS.items():
+        connection.execute(f"SET LOCAL {quote(name)} = {literal(value)}".encode())
+    connection.execute(f"SET LOCAL search_path TO {SEARCH_PATH if derived else 'DEFAULT'}".encode())
 
 
 def look(connection: Connection, name: str, query: str) -> Source:

@@ -16,15 +16,14 @@ from typing import Any
 import psycopg
 from psycopg import errors as pg
 
-from outbox.capture import SEARCH_PATH, TEXT_SETTINGS
 from outbox.database import Connection
 from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.errors import ConfigError
 from outbox.key import MAX_KEY_BYTES
 from outbox.request import NAMELESS, Entity, Found, Page, Row, Wanted
-from outbox.schema import literal, quote
-from outbox.source import Source, joined, look
+from outbox.schema import quote
+from outbox.source import Source, joined, look, run_under
 
 # What a smaller page may be free of: errors of a row, by their SQLSTATE classes (data, cardinality, a constraint of a
 # domain, RAISE).
@@ -102,8 +101,7 @@ class Sources:
         entity_type = types.get(name)
         if entity_type is None or entity_type.source is None:
             raise _UnreadableError(f'the entity type "{name}" has no source')
-        path = SEARCH_PATH if entity_type.derived else "DEFAULT"
-        connection.execute(f"SET LOCAL search_path TO {path}".encode())
+        run_under(connection, derived=entity_type.derived)
         known = self._known.get(entity_type.source)
         if known is None:
             try:
@@ -190,9 +188,7 @@ def _identity(source: Source, where: str | None) -> str:
 
 
 def _prepare(connection: Connection) -> None:
-    """Set, until the transaction ends, what a source is run under."""
-    for name, value in TEXT_SETTINGS.items():
-        connection.execute(f"SET LOCAL {quote(name)} = {literal(value)}".encode())
+    """Set, until the transaction ends, what the relay grants a source beside `run_under`."""
     for name in _PLANNER:
         connection.execute(f"SET LOCAL {name} = on".encode())
     connection.execute(b"SET LOCAL plan_cache_mode = auto")

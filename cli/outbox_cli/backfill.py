@@ -206,7 +206,6 @@ def watch(settings: Settings, number: int, as_json: bool) -> None:
 
 def _watch(config: Config, connection: Connection, name: str, shards: int, number: int, as_json: bool) -> None:
     asked = _find(connection, config, number)
-    done = _progress(config, name, asked)
     total = asked.arguments.get("total")
     # On a terminal a bar; elsewhere, and for scripts, the end alone.
     with click.progressbar(

@@ -11,7 +11,7 @@ import click
 from outbox.config import Config
 from outbox.database import Connection
 from outbox.entity_types import read_types
-from outbox.errors import NoRelayError, UnknownTypeError
+from outbox.errors import UnknownTypeError
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Seconds,
@@ -130,11 +130,6 @@ def _ask(
         said = f"waiting for the relay, up to {timeout:g} s (request {number}) ..."
         outcomes = wait_for(
             connection, schema, number, shards, seconds=timeout, on_wait=lambda: click.echo(said, err=True)
-        )
-    if outcomes is None:
-        raise NoRelayError(
-            f"Request {number} is written, but no relay has done it in {timeout:g} s.",
-            cure="It will be done when a relay runs: outbox relay. See outbox status.",
         )
     total: dict[str, int] = {}
     gone: list[list[str]] = []

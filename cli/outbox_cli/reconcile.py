@@ -13,7 +13,7 @@ import psycopg
 from outbox import requests
 from outbox.config import Config
 from outbox.database import Connection
-from outbox.errors import ConfigError, NoRelayError, OutboxError
+from outbox.errors import OutboxError
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Seconds,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from outbox.reconcile import Comparison, Report
 
 DIFFERENT, NOT_TOLD = 1, 2
-KINDS = ("missing", "stale", "orphaned", "undecodable")
 
 
 @click.command(epilog="Example: outbox reconcile customer --repair")
@@ -85,19 +84,7 @@ def _repair(
 ) -> None:
     """Hand the keys that differ to the relay: it reads each anew, in the snapshot of its batch."""
     for keys in found.different():
-        number = requests.ask(connection, config.schema, "publish", {"type": type_name, "keys": keys})
-        outcomes = requests.wait_for(connection, config.schema, number, shards, seconds=timeout, on_wait=lambda: None)
-        if outcomes is None:
-            raise NoRelayError(
-                f"Request {number} is written, but no relay has done it in {timeout:g} s.",
-                cure="It will be done when a relay runs: outbox relay. See outbox status.",
-            )
-        for outcome in outcomes.values():
-            if "error" in outcome:
-                raise ConfigError(
-                    f"The keys that differ could not be repaired: {outcome['error']}.",
-                    cure="Mend the source: outbox types change TYPE --source ...",
-                )
+        requests.publish(connection, config.schema, {"type": type_name, "keys": keys}, shards, seconds=timeout)
 
 
 def _told() -> Callable[[str, int, int | None], None]:
@@ -115,6 +102,8 @@ def _told() -> Callable[[str, int, int | None], None]:
 def _show(report: Report, *, as_json: bool) -> None:
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
+    from outbox.reconcile import KINDS
+
     counts = {kind: getattr(report, kind) for kind in ("equal", *KINDS, "moving")}
     if as_json:
         print_json({**counts, "examples": report.examples})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
 
@@ -12,7 +13,6 @@ import click
 
 from outbox import replay, requests
 from outbox.database import Connection
-from outbox.errors import ConfigError, NoRelayError
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Seconds,
@@ -102,13 +102,16 @@ def command(
         if dry_run:
             _tell({"entries": retained.entries, "keys": total}, gone, as_json)
             return
-        with (
-            replay.keys(connection, schema, selected) as chosen,
-            click.progressbar(length=total, label=type_name, show_pos=True, file=sys.stderr) as bar,
-        ):
-            # Keys that are named are published whether or not an entry of them is retained.
-            named = [{"type": type_name, "keys": list(dict.fromkeys(keys))}]
-            for arguments in named if by_key else replay.requests(entity_type, selected, chosen):
+        with ExitStack() as stack:
+            asked: Iterable[dict[str, Any]]
+            if by_key:
+                # Published whether or not an entry of them is retained.
+                asked = [{"type": type_name, "keys": list(dict.fromkeys(keys))}]
+            else:
+                chosen = stack.enter_context(replay.keys(connection, schema, selected))
+                asked = replay.requests(entity_type, selected, chosen)
+            bar = stack.enter_context(click.progressbar(length=total, label=type_name, show_pos=True, file=sys.stderr))
+            for arguments in asked:
                 counts, missing = _ask(connection, schema, arguments, shards, timeout)
                 done.update(counts)
                 gone += missing
@@ -122,21 +125,9 @@ def _ask(
     connection: Connection, schema: str, arguments: Mapping[str, Any], shards: int, timeout: float
 ) -> tuple[Counter[str], list[str]]:
     """Have one request done: counts, and the keys of which nothing is retained."""
-    number = requests.ask(connection, schema, "publish", arguments)
-    outcomes = requests.wait_for(connection, schema, number, shards, seconds=timeout, on_wait=lambda: None)
-    if outcomes is None:
-        raise NoRelayError(
-            f"Request {number} is written, but no relay has done it in {timeout:g} s; later ones are not asked for.",
-            cure="It will be done when a relay runs: outbox relay. Then replay again.",
-        )
     counts: Counter[str] = Counter()
     gone: list[str] = []
-    for outcome in outcomes.values():
-        if "error" in outcome:
-            raise ConfigError(
-                f"Request {number} could not be done: {outcome['error']}.",
-                cure="Mend the source: outbox types change TYPE --source ...",
-            )
+    for outcome in requests.publish(connection, schema, arguments, shards, seconds=timeout):
         gone += [key for _, key in outcome["gone"]]
         counts.update({word: outcome[word] for word in ("rows", "refused", "tombstones")})
     return counts, gone
