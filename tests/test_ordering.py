@@ -265,7 +265,8 @@ def test_a_batch_ends_at_its_limit_in_bytes_but_holds_at_least_one_entry(things:
 def test_a_streamed_batch_keeps_to_the_limit_and_hardly_ever_gives_up_a_query(things: str, postgres: Postgres) -> None:
     """The batches of a backlog are cut by the reader; a query that it gives up is one that the server cancels and logs.
 
-    It asks for as many as would fill a batch like the one before: it errs once, where small states become large.
+    It asks for as many as would fill a batch like the one before: where small states become large it errs in the batch
+    in which they do, and in the next, which comes after a mixed one.
     """
     with psycopg.connect(things) as writer:
         writer.execute(
@@ -288,7 +289,7 @@ def test_a_streamed_batch_keeps_to_the_limit_and_hardly_ever_gives_up_a_query(th
     assert len(found) <= sum(map(sum, sizes)) / 1_000_000 / 0.9 + 3
     with postgres.log.open("rb") as log:
         log.seek(logged)
-        assert log.read().count(b"canceling statement due to user request") <= 1
+        assert log.read().count(b"canceling statement due to user request") <= 2
 
 
 def test_a_server_that_counts_bytes_for_characters_cuts_where_the_reader_knows_it(postgres: Postgres) -> None:
