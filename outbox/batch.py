@@ -9,6 +9,7 @@ from typing import Any
 from outbox.entity_type import EntityType
 from outbox.entry import Entry
 from outbox.lineage import Head
+from outbox.message import Made
 from outbox.position import Point, Position
 from outbox.request import Found, Request
 
@@ -19,7 +20,8 @@ class Batch:
 
     `entries` in id order; `last_id` is None when the read reached the point that it goes to, else the id where it was
     cut. `types` are the entity types, by name. `requests` are open requests of the control table, and `found` what was
-    read for them. `seconds`: how long the read took.
+    read for them. `made`: what the entries became, where that was done with the read. `seconds`: how long the read
+    took.
     """
 
     position: Position
@@ -29,6 +31,7 @@ class Batch:
     last_id: int | None
     requests: Sequence[Request] = ()
     found: Found = field(default_factory=Found)
+    made: Made | None = field(default=None, compare=False)
     seconds: float = 0.0
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import orjson
@@ -22,6 +22,10 @@ _RESERVE = 128
 _RESERVE_PER_HEADER = 8
 
 
+Headers = dict[str, str | bytes | None]
+"""By name, in order. A dictionary: the client takes one in half the time of a list of pairs."""
+
+
 class Message(NamedTuple):
     """One record to be: the topic, the key in UTF-8, the state's bytes or None, the headers, the time.
 
@@ -31,7 +35,7 @@ class Message(NamedTuple):
     topic: str
     key: bytes
     value: bytes | None
-    headers: list[tuple[str, str | bytes | None]]
+    headers: Headers
     created_ms: int
     entry: Entry
 
@@ -43,6 +47,15 @@ class Unpublishable(NamedTuple):
     topic: str | None
     reason: str
     explanation: str
+
+
+class Made(NamedTuple):
+    """What the entries of a batch became, given these `limits`. `seconds`: how long it took."""
+
+    messages: Sequence[Message]
+    unpublishable: Sequence[Unpublishable]
+    limits: Mapping[str, int]
+    seconds: float
 
 
 def messages(
@@ -74,7 +87,7 @@ def messages(
             if len(key) + (0 if state is None else len(state)) <= most:
                 when = min(now_ms, created_ms)
                 # As Message(...) does, without its own call: this runs once an entry.
-                append(new(Message, (topic, key, state, [(ID_HEADER, b"%d" % entry_id)], when, entry)))
+                append(new(Message, (topic, key, state, {ID_HEADER: b"%d" % entry_id}, when, entry)))
                 continue
         entity_type = types.get(type_name)
         if entity_type is None:
@@ -82,14 +95,14 @@ def messages(
                 Unpublishable(entry, None, "unknown-type", f'the entity type "{type_name}" is not registered')
             )
             continue
-        headers: list[tuple[str, str | bytes | None]] = [(ID_HEADER, b"%d" % entry_id)]
+        headers: dict[str, str | bytes | None] = {ID_HEADER: b"%d" % entry_id}
         if content_type is not None and content_type != JSON_CONTENT_TYPE:
-            headers.append((CONTENT_TYPE_HEADER, content_type.encode()))
+            headers[CONTENT_TYPE_HEADER] = content_type.encode()
         if cause is not None:
-            headers.append((CAUSE_HEADER, cause.encode()))
+            headers[CAUSE_HEADER] = cause.encode()
         if own_headers is not None:
             try:
-                headers += _own(own_headers)
+                headers |= _own(own_headers)
             except ValueError as error:
                 refused.append(
                     Unpublishable(entry, entity_type.topic, "headers", f"its headers cannot be read: {error}")
@@ -104,7 +117,9 @@ def messages(
         # Judged cheaply first: hardly any state comes near the limit.
         size = len(key) + (0 if state is None else len(state))
         if size + 4096 > limit or own_headers is not None:
-            size += _RESERVE + sum(len(name) + len(value or b"") + _RESERVE_PER_HEADER for name, value in headers)
+            size += _RESERVE + sum(
+                len(name) + len(value or b"") + _RESERVE_PER_HEADER for name, value in headers.items()
+            )
             if size > limit:
                 refused.append(
                     Unpublishable(
@@ -119,14 +134,14 @@ def messages(
     return made, refused
 
 
-def _own(text: str) -> list[tuple[str, str | bytes | None]]:
+def _own(text: str) -> dict[str, str | bytes | None]:
     # The table allows any JSON object; writers refuse what is no string and the relay's own names, a hand-written
     # INSERT may not. A number that no double holds, or a thousand levels, cannot be read at all: a ValueError.
     found = orjson.loads(text)
     if not isinstance(found, dict):
         raise ValueError("they are no JSON object")  # noqa: TRY004  as for all that cannot be read
-    return [
-        (name, value.encode() if isinstance(value, str) else orjson.dumps(value))
+    return {
+        name: value.encode() if isinstance(value, str) else orjson.dumps(value)
         for name, value in found.items()
         if name not in _OWN_NAMES
-    ]
+    }

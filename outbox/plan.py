@@ -8,6 +8,7 @@ the batch's own entries, with how far the requests are.
 from __future__ import annotations
 
 import sys
+import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from outbox.batch import Batch
 from outbox.collapse import collapse
 from outbox.dead_letter import DeadLetter
-from outbox.message import Message, Unpublishable, messages
+from outbox.message import Made, Message, Unpublishable, messages
 from outbox.position import Position, Totals
 from outbox.request import DEAD_LETTERS, Entity
 from outbox.share import Share, shares
@@ -27,6 +28,13 @@ _ID = itemgetter(0)
 _TYPE = itemgetter(1)
 _TOPIC = itemgetter(0)
 _PLACE = itemgetter(0)
+
+
+def make(batch: Batch, limits: Mapping[str, int], *, now_ms: int) -> Made:
+    """What the entries of a batch become, after collapse. A batch that is read ahead has it made there, too."""
+    began = time.monotonic()
+    made, unpublishable = messages(collapse(batch.entries, batch.types), batch.types, limits, now_ms=now_ms)
+    return Made(made, unpublishable, limits, time.monotonic() - began)
 
 
 class _Place(NamedTuple):
@@ -80,9 +88,11 @@ class Plan:
         self.position = batch.position
         self._done = 0  # messages
         self._done_id = batch.position.cut.last_id if batch.position.cut else 0
-        made, self._unpublishable = messages(collapse(batch.entries, batch.types), batch.types, limits, now_ms=now_ms)
-        self._own = len(made)  # those of the batch; what requests publish comes after them
-        self._messages = made
+        made = batch.made
+        if made is None or made.limits != limits:
+            made = make(batch, limits, now_ms=now_ms)
+        self._messages, self._unpublishable = list(made.messages), list(made.unpublishable)
+        self._own = len(self._messages)  # those of the batch; what requests publish comes after them
         self._shares = shares(batch, dead) if batch.requests else []
         # Of each message behind the batch's own its place, and the reasons of those that have none.
         self._places: list[_Place] = []

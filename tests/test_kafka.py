@@ -107,12 +107,13 @@ def test_a_record_arrives_as_it_was_sent(kafka: Kafka, topic: str, producer: Mak
     one = producer()
     one.init()
     one.begin()
-    one.send(topic, b"a", b"1", [("outbox-id", b"7")], 1_700_000_000_123)
-    one.send(topic, b"b", None, [], 1_700_000_000_124)
+    one.send(topic, b"a", b"1", {"outbox-id": b"7", "empty": b"", "nul": b"a\0b", "none": None}, 1_700_000_000_123)
+    one.send(topic, b"b", None, {}, 1_700_000_000_124)
     one.commit()
     assert settled(kafka, topic, [b"1", None])
     first, second = reader.read_topic(kafka.bootstrap, {}, topic)
-    assert (first.key, first.value, list(first.headers)) == (b"a", b"1", [("outbox-id", b"7")])
+    assert (first.key, first.value) == (b"a", b"1")
+    assert list(first.headers) == [("outbox-id", b"7"), ("empty", b""), ("nul", b"a\0b"), ("none", None)]
     assert first.timestamp_ms == 1_700_000_000_123
     assert second.value is None
 
@@ -158,7 +159,7 @@ def test_a_time_far_ahead_is_refused(kafka: Kafka, topic: str, producer: Make) -
     one = producer()
     one.init()
     one.begin()
-    one.send(topic, b"k", b"1", [], int(time.time() * 1000) + 2 * 3600 * 1000)
+    one.send(topic, b"k", b"1", {}, int(time.time() * 1000) + 2 * 3600 * 1000)
     with pytest.raises(Refused) as refused:
         one.commit()
     assert refused.value.code == "INVALID_TIMESTAMP"

@@ -14,7 +14,7 @@ from confluent_kafka import Message as Delivered
 from outbox.errors import ConfigError
 from outbox.kafka.client import ANSWER_SECONDS, SLICE_SECONDS, make
 from outbox.kafka.faults import AWAY, Refused, error_of, translate, unavailable
-from outbox.message import Message
+from outbox.message import Headers, Message
 
 # How long a commit that was begun may go on after the relay was asked to stop.
 _GRACE = 5.0
@@ -103,7 +103,7 @@ class TransactionalProducer:
         topic: str,
         key: bytes,
         value: bytes | None,
-        headers: list[tuple[str, str | bytes | None]],
+        headers: Headers,
         timestamp_ms: int,
     ) -> None:
         """Send a record, to the partition of its key."""
