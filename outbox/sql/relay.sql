@@ -52,9 +52,10 @@ LEFT JOIN LATERAL (
 -- but with OR the planner may walk a whole index. So: ranges that each have an index, which share no row.
 -- First: above the anchor. Then what is late, at or below it: by transactions that S1 did not know, and by those that
 -- were in progress, each walked from where the cut is: an import of a million rows that commits late is read once.
--- `id + 0` keeps the first late range off the index on ids, which would serve its order by walking the whole log. The
--- order by xid, which nobody needs, keeps them on the index on transactions: for a slot that is empty, or without
--- statistics, the planner takes one index for as good as the other, and its plan stays while the slot fills.
+-- What the first late range walks is all that is new, once a backlog: its ids are compared in the index, and hardly any
+-- row is fetched. The order by xid, which nobody needs, keeps them on the index on transactions: for a slot that is
+-- empty, or without statistics, the planner takes one index for as good as the other, and its plan stays while the slot
+-- fills; and that on ids would have to walk the whole log.
 -- The time as a double is half as dear as extract's numeric; the half of a microsecond makes up for its rounding.
 -- In a cut the rows must also be visible in the snapshot at its end, and lie between what is done and the end's anchor.
 -- `before` is a running sum that ends the batch at its limit in bytes; the first row always comes.
@@ -77,7 +78,7 @@ FROM (
                 + coalesce(length(e.headers::text), 0)
          FROM (SELECT * FROM {schema}.entries e
                WHERE e.shard = %(shard)s::smallint AND e.xid >= %(xmax1)s::text::xid8
-                 AND e.id + 0 <= %(floor)s::bigint AND e.id + 0 > %(last_id)s::bigint
+                 AND e.id <= %(floor)s::bigint AND e.id > %(last_id)s::bigint
                  AND e.xid < %(xmax2)s::text::xid8 AND e.xid <> ALL (%(xip2)s::text::xid8[])
                ORDER BY e.xid OFFSET 0) e
          ORDER BY e.id LIMIT {batch_rows})
