@@ -181,7 +181,7 @@ class Config:
     batch_rows: int = 20_000
     batch_bytes: int = 16 * 1024 * 1024
     poll_interval: float = 2.0
-    busy_poll_interval: float = 0.005
+    busy_poll_interval: float = 0.002
     transaction_timeout: float = 60.0
     connect_timeout: int = 10
     statement_timeout: float = 60.0
