@@ -15,6 +15,14 @@ from outbox import schema as outbox_schema
 
 _numbers = itertools.count(1)
 
+_LONGEST = "test_faults.py"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In several processes a file is one's: that which takes as long as half of all must not be begun last."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.name != _LONGEST)
+
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
