@@ -22,11 +22,13 @@ from outbox.errors import (
 )
 
 if TYPE_CHECKING:
+    from outbox.app_source import AppSource
     from outbox.current import context
     from outbox.orm import part_of, published
     from outbox.writer import NewEntry, delete, lock, put, put_many
 
 _HOMES = {
+    "AppSource": "outbox.app_source",
     "context": "outbox.current",
     "NewEntry": "outbox.writer",
     "delete": "outbox.writer",
@@ -38,6 +40,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AppSource",
     "BypassError",
     "EntryError",
     "EntryKeyError",

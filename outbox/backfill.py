@@ -132,6 +132,8 @@ def start(
 
 def progress(asked: Asked, positions: Sequence[Position | None]) -> Progress:
     """How far a request is, by what the positions say, or, of shards that are through with it, the control table."""
+    if asked.progress is not None:
+        return Progress(asked.progress["rows"], asked.progress["refused"], None)
     rows = refused = 0
     error: str | None = None
     for shard, position in enumerate(positions):

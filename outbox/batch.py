@@ -11,7 +11,7 @@ from outbox.entry import Entry
 from outbox.lineage import Head
 from outbox.message import Made
 from outbox.position import Point, Position
-from outbox.request import Found, Request
+from outbox.request import Found, Request, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,9 @@ class Batch:
 
     `entries` in id order; `last_id` is None when the read reached the point that it goes to, else the id where it was
     cut. `types` are the entity types, by name. `requests` are open requests of the control table, and `found` what was
-    read for them. `made`: what the entries became, where that was done with the read. `seconds`: how long the read
-    took.
+    read for them. `live`: of each type that reads its source, what that says of the keys that the entries name, with
+    the id of the last entry of each, in id order. `made`: what the entries became, where that was done with the read.
+    `seconds`: how long the read took.
     """
 
     position: Position
@@ -31,6 +32,7 @@ class Batch:
     last_id: int | None
     requests: Sequence[Request] = ()
     found: Found = field(default_factory=Found)
+    live: Sequence[Row] = ()
     made: Made | None = field(default=None, compare=False)
     seconds: float = 0.0
 

@@ -14,7 +14,8 @@ class EntityType:
     `collapse`: of several unpublished entries of one key only the last is published.
     `max_bytes`: the greatest size of a state, uncompressed.
     `source`: the query of all keys and states, or None; see `outbox.source`. `derived`: a captured table has it of its
-    capture.
+    capture. `follows`: the entity type whose changes it carries to another topic, or None. `reads_source`: a change is
+    published as what the source says of its key, not as the state that was written.
     """
 
     name: str
@@ -24,3 +25,10 @@ class EntityType:
     max_bytes: int = 1_000_000
     source: str | None = None
     derived: bool = False
+    follows: str | None = None
+    reads_source: bool = False
+
+    @property
+    def written_as(self) -> str:
+        """The type of the entries that it publishes."""
+        return self.follows or self.name

@@ -61,11 +61,11 @@ class Hold:
 
     # -- taken -------------------------------------------------------------------------------------------------
 
-    def take(self, identity: Identity | None, *, check: Callable[[Log, Mapping[str, EntityType]], None]) -> Head | None:
+    def take(self, identity: Identity | None, *, check: Callable[[Log, Mapping[str, EntityType]], None]) -> int | None:
         """Take the shard over: fence any other holder, read its position, write it with the own token.
 
-        `check` refuses topics that must not be published to, before anybody is fenced. Returns the database's head,
-        or None when Kafka did not let it through.
+        `check` refuses topics that must not be published to, before anybody is fenced. Returns the version of the
+        entity types that it was given, or None when Kafka did not let the taking through.
         """
         if identity is None:
             raise DatabaseUnavailableError("There is no connection to the database.")
@@ -74,7 +74,9 @@ class Hold:
         kafka = self._open_log(identity.name, number, stop=self._stop)
         former: str | None = None
         try:
-            check(kafka, self._source.look(self._start(identity))[1])
+            # The types may change from here on: what is known of their topics is of this version.
+            looked_at, types = self._source.look(self._start(identity))
+            check(kafka, types)
             # Before anybody is fenced: a relay of the wrong database must not disturb the right one, and one that comes
             # back from an outage must not take the shard from its successor.
             before, _ = self._look_from(kafka, identity)
@@ -108,7 +110,7 @@ class Hold:
             emit(log, "relay.torn", shard=number, unmarked=unmarked)
         emit(log, "relay.holds", shard=number, outbox=identity.name, token=self.token, epoch=position.epoch)
         self._source.announce(self.token)
-        return head
+        return looked_at.types_version
 
     def _start(self, identity: Identity, head: Head | None = None) -> Position:
         """The position of a log that was never published; without a head only good for looking."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 from outbox.batch import Batch
 from outbox.collapse import collapse
 from outbox.dead_letter import DeadLetter
+from outbox.entity_type import EntityType
+from outbox.entry import Entry
 from outbox.message import Made, Message, Unpublishable, messages
 from outbox.position import Position, Totals
-from outbox.request import DEAD_LETTERS, Entity
+from outbox.request import DEAD_LETTERS, Entity, Row
 from outbox.share import Share, shares
 
 _ID = itemgetter(0)
@@ -33,8 +35,35 @@ _PLACE = itemgetter(0)
 def make(batch: Batch, limits: Mapping[str, int], *, now_ms: int) -> Made:
     """What the entries of a batch become, after collapse. A batch that is read ahead has it made there, too."""
     began = time.monotonic()
-    made, unpublishable = messages(collapse(batch.entries, batch.types), batch.types, limits, now_ms=now_ms)
-    return Made(made, unpublishable, limits, time.monotonic() - began)
+    entries = collapse(batch.entries, batch.types)
+    failed: list[Unpublishable] = []
+    if any(of.follows or of.reads_source for of in batch.types.values()):
+        entries, failed = _published(entries, batch.live, batch.types)
+    made, unpublishable = messages(entries, batch.types, limits, now_ms=now_ms)
+    return Made(made, sorted([*unpublishable, *failed], key=lambda one: one.entry[0]), limits, time.monotonic() - began)
+
+
+def _published(
+    entries: Sequence[Entry], live: Sequence[Row], types: Mapping[str, EntityType]
+) -> tuple[list[Entry], list[Unpublishable]]:
+    """What the types publish of entries, in id order: as written, under another name, or as their sources say."""
+    reading = {of.name for of in types.values() if of.reads_source}
+    copies: dict[str, list[str]] = defaultdict(list)
+    for of in types.values():
+        if of.follows and not of.reads_source:
+            copies[of.follows].append(of.name)
+    found: list[Entry] = []
+    for entry in entries:
+        if entry[1] not in reading:
+            found.append(entry)
+        found += [Entry(entry[0], name, *entry[2:]) for name in copies.get(entry[1], ())]
+    found += [row.entry for row in live if row.failure is None]
+    failed = [
+        Unpublishable(row.entry, types[row.entry.type].topic, "source", row.failure)
+        for row in live
+        if row.failure is not None
+    ]
+    return sorted(found, key=_ID), failed
 
 
 class _Place(NamedTuple):
@@ -178,6 +207,9 @@ class Plan:
         """What the next transaction holds: at most `size` of the messages that are left (None: all)."""
         batch = self._batch
         end = len(self._messages) if size is None else min(self._done + size, len(self._messages))
+        # What several types publish of one entry stands or falls together: the position knows entries.
+        while 0 < end < self._own and self._messages[end].entry[0] == self._messages[end - 1].entry[0]:
+            end += 1
         final = end == len(self._messages)
         sent = self._messages[self._done : end]
         # A part within the batch ends at an id; what cannot be published goes with the part that its id lies in.
@@ -204,6 +236,11 @@ class Plan:
         if end == len(self._messages):
             return _Place(len(self._shares), 0)
         return self._places[end - 1 - self._own] if end > self._own else _Place(-1, 0)
+
+    def smallest(self, part: Part) -> bool:
+        """Whether a part cannot be halved: it is one message, or what was made of one entry."""
+        first = part.messages[0].entry[0]
+        return len(part.messages) == 1 or 0 < first == part.messages[-1].entry[0]
 
     def done(self, part: Part) -> dict[Entity, int]:
         """A part is committed; the dead letters that there are now."""
@@ -272,6 +309,8 @@ class Plan:
         by_topic = {t.topic: name for name, t in self._batch.types.items()}
         written = Counter({by_topic[topic]: count for topic, count in Counter(map(_TOPIC, sent)).items()})
         dead = Counter(letter.type for letter in letters)
+        # Nobody writes entries of a follower: what it took is what became of them.
+        taken.update({of.name: written[of.name] + dead[of.name] for of in self._batch.types.values() if of.follows})
         totals = dict(self.position.totals)
         for name in taken.keys() | written.keys() | dead.keys():
             if name not in self._batch.types:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import selectors
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -200,9 +201,10 @@ class Reader:
             # Nothing can be late any more, and nothing is done for requests.
             return replace(self._stream(position, position.cut), seconds=time.monotonic() - began)
         wanted = wanted or (lambda _requests, _types: Wanted())
-        batch, requests = self._fetch(position, wanted=wanted if self._asked else None)
-        if batch.takes_requests and requests and not self._asked:
-            # Once more, and in one transaction with what the requests want.
+        held = self._asked or self._reads
+        batch, requests = self._fetch(position, wanted=wanted if held else None)
+        if not held and ((batch.takes_requests and requests) or (batch.entries and self._reads)):
+            # Once more, and in one transaction with what is read through sources.
             batch, requests = self._fetch(position, wanted=wanted)
         self._asked = bool(requests)
         return replace(batch, seconds=time.monotonic() - began)
@@ -238,6 +240,8 @@ class Reader:
                 batch = Batch(position, head, self._types, entries, self._ended_at(entries))
                 if batch.cut:
                     self._mean_size = _sizes(entries) / len(entries)
+                if wanted is not None:
+                    batch = self._with_live(connection, batch)
                 if wanted is not None and batch.takes_requests:
                     asked = wanted(requests, self._types)
                     retained = self._retained(connection, asked.retained, head)
@@ -274,17 +278,35 @@ class Reader:
                         entries += chunk
                         size += _sizes(chunk)
                         more = size < self._config.batch_bytes
+                while not more and size - _size(entries[-1]) >= self._config.batch_bytes:
+                    size -= _size(entries.pop())
+                ended = more and len(entries) < rows
+                if entries:
+                    self._mean_size = size / len(entries)
+                batch = Batch(position, head, self._types, entries, None if ended else entries[-1][0])
+                batch = self._with_live(connection, batch)
                 with connection.pipeline():
                     flush_cursor = self._commit(connection)
                 self._take_flushed(flush_cursor)
             finally:
                 _end(connection)
-        while not more and size - _size(entries[-1]) >= self._config.batch_bytes:
-            size -= _size(entries.pop())
-        ended = more and len(entries) < rows
-        if entries:
-            self._mean_size = size / len(entries)
-        return Batch(position, head, self._types, entries, None if ended else entries[-1][0])
+        return batch
+
+    @property
+    def _reads(self) -> bool:
+        """Whether a type is read through its source."""
+        return any(of.reads_source for of in self._types.values())
+
+    def _with_live(self, connection: Connection, batch: Batch) -> Batch:
+        """The batch with what sources say of its entries' keys: shorter where that is more than a batch may hold."""
+        if self._sources is None or not (batch.entries and self._reads):
+            return batch
+        live, last_id = self._sources.live(connection, batch.entries, self._types, most=self._config.batch_bytes)
+        if last_id is None:
+            return replace(batch, live=live)
+        entries = batch.entries[: bisect_right(batch.entries, last_id, key=itemgetter(0))]
+        self._mean_size = max(self._mean_size, self._config.batch_bytes / len(entries))
+        return replace(batch, entries=entries, live=live, last_id=last_id)
 
     def _chunk_rows(self) -> int:
         """How many rows the client may take in at once, whatever is in them."""

@@ -71,9 +71,11 @@ class Wanted:
 
 
 class Row(NamedTuple):
-    """One row of a source: as an entry with id 0, since none was written, and where the page would end after it.
+    """One row of a source, and where the page would end after it.
 
-    `failure` says why there is no state, though there is a row; it is None otherwise.
+    It is like an entry, with id 0, since none was written; or, where it was looked up because of a change, with that
+    entry's id, time, cause and headers. `failure` says why there is no state, though there is a row; it is None
+    otherwise.
     """
 
     entry: Entry

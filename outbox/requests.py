@@ -21,7 +21,9 @@ from outbox.schema import quote
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A row of the control table. `outcomes`: by shard, what the relay said became of it.
+    """A row of the control table.
+
+    `outcomes`: by shard, what the relay said became of it; `progress`: how far an application's own backfill is.
 
     `state` of a request of so many shards: `running`, `paused`, `cancelled`, or `done` once all have said so.
     """
@@ -33,6 +35,7 @@ class Asked:
     paused: bool
     cancelled: bool
     outcomes: Mapping[int, Mapping[str, Any]]
+    progress: Mapping[str, Any] | None = None
 
     def state(self, shards: int) -> str:
         """In a word."""
@@ -55,19 +58,21 @@ def ask(connection: Connection, schema: str, kind: str, arguments: Mapping[str, 
     return int(row[0])
 
 
-def ask_backfill(connection: Connection, schema: str, arguments: Mapping[str, Any], *, shards: int) -> int:
+def ask_backfill(
+    connection: Connection, schema: str, arguments: Mapping[str, Any], *, shards: int, kind: str = "backfill"
+) -> int:
     """Ask for a backfill; `ConfigError` with the other's id while one of the same type goes on."""
     s = quote(schema)
     with connection.transaction():
         # Two that are asked for at once: the second sees the first.
         connection.execute(f"LOCK TABLE {s}.requests IN SHARE ROW EXCLUSIVE MODE".encode())
-        for other in find(connection, schema, kinds=("backfill",)):
+        for other in find(connection, schema, kinds=("backfill", "app")):
             if other.arguments.get("type") == arguments["type"] and other.state(shards) in {"running", "paused"}:
                 raise ConfigError(
                     f'A backfill of "{arguments["type"]}" goes on already: request {other.id} ({other.state(shards)}).',
                     cure=f"Watch it: outbox backfill watch {other.id}; or end it: outbox backfill cancel {other.id}.",
                 )
-        return ask(connection, schema, "backfill", arguments)
+        return ask(connection, schema, kind, arguments)
 
 
 def wake(connection: Connection, schema: str) -> None:
@@ -84,7 +89,8 @@ def find(
         f"""SELECT r.id, r.kind, r.arguments, date_part('epoch', r.requested_at), r.paused_at IS NOT NULL,
                    r.cancelled_at IS NOT NULL,
                    coalesce((SELECT jsonb_object_agg(o.shard, o.outcome) FROM {s}.request_outcomes o
-                             WHERE o.request = r.id), '{{}}')
+                             WHERE o.request = r.id), '{{}}'),
+                   r.progress
             FROM {s}.requests r
             WHERE (%(kinds)s::text[] IS NULL OR r.kind = ANY (%(kinds)s::text[]))
               AND (%(number)s::bigint IS NULL OR r.id = %(number)s::bigint)
@@ -101,8 +107,9 @@ def find(
             paused,
             cancelled,
             {int(shard): said for shard, said in outcomes.items()},
+            progress,
         )
-        for one, kind, arguments, at, paused, cancelled, outcomes in rows
+        for one, kind, arguments, at, paused, cancelled, outcomes, progress in rows
     ]
 
 

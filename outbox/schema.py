@@ -187,6 +187,7 @@ def grants(schema: str, *, writers: Sequence[str] = (), relay: str | None = None
             "delete(text, text, text, jsonb)",
             "lock(text, text)",
             "check_entry(text, text, integer, jsonb)",
+            "app_progress(bigint, jsonb)",
             "ring()",
             "shard_of(text, text)",
             "slot_of(timestamptz)",

@@ -219,7 +219,8 @@ class Shard:
                 progress = position.requests.get(str(request.id), {})
                 if request.kind == "retry":
                     for entity in request.names(dead):
-                        if dead[entity]:
+                        followed = types.get(entity[0])
+                        if dead[entity] and not (followed and (followed.follows or followed.reads_source)):
                             retained[entity] = dead[entity]
                         elif not entity[1].startswith(NAMELESS):
                             current.append(entity)  # it came from the source
@@ -260,10 +261,10 @@ class Shard:
         def check(kafka: Log, types: Mapping[str, EntityType]) -> None:
             self._topics.look(kafka, types, shards=self._shards, needed=needed)
 
-        head = self._hold.take(self._source.identity, check=check)
-        if head is None:
+        looked_at = self._hold.take(self._source.identity, check=check)
+        if looked_at is None:
             return Step(Did.NOTHING, more=True)
-        self._topics.seen = head.types_version
+        self._topics.seen = looked_at
         return Step(Did.TOOK_OVER, more=True)
 
     @property
@@ -495,8 +496,8 @@ class Shard:
         self._hold.renew()
         if culprits:
             plan.refuse(culprits)
-        elif len(part.messages) == 1:
-            plan.refuse({0: str(fault)})
+        elif plan.smallest(part):
+            plan.refuse(dict.fromkeys(range(len(part.messages)), str(fault)))
         elif self._watched:
             # It names no record (a batch that is too large as a whole): halve what is sent at once.
             self._part_size = len(part.messages) // 2

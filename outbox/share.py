@@ -94,6 +94,9 @@ def shares(batch: Batch, dead: Mapping[Entity, int]) -> list[Share]:
     """What the open requests publish with a batch that takes them; `dead`: of each dead letter the entry's id."""
     found = batch.found
     in_batch = {_entity(entry) for entry in batch.entries}
+    for of in batch.types.values():
+        if of.follows:
+            in_batch |= {(of.name, entry[2]) for entry in batch.entries if entry[1] == of.follows}
     # The reader gives rows as they come, without names.
     there = {_entity(entry): Row(Entry(*entry)) for entry in found.retained}
     there.update((_entity(row.entry), row) for row in found.current)

@@ -19,7 +19,7 @@ from psycopg import errors as pg
 from outbox.database import Connection
 from outbox.entity_type import EntityType
 from outbox.entry import Entry
-from outbox.errors import ConfigError
+from outbox.errors import ConfigError, DatabaseError
 from outbox.key import MAX_KEY_BYTES
 from outbox.request import NAMELESS, Entity, Found, Page, Row, Wanted
 from outbox.schema import quote
@@ -31,6 +31,8 @@ _OF_A_ROW = ("21", "22", "23", "P0")
 # Live changes wait meanwhile: a query that takes longer ends its request, and one that waits for a lock, too.
 _MOST_MS = 10_000
 _LOCK_MS = 2_000
+# The keys of so many entries are looked up at once.
+_LIVE = 1_000
 # Of so many rows it is looked at whether the key is made of the columns that it is said to be made of.
 _SAMPLE = 100
 # What the relay's session has switched off for its own queries.
@@ -57,7 +59,7 @@ class Sources:
     def __init__(self, schema: str, *, shard: int, shards: int) -> None:
         self._of_shard = "" if shards == 1 else f"{quote(schema)}.shard_of(%(type)s, s.key::text) = {shard}"
         self._not_mine = (
-            f"SELECT type, key FROM unnest(%s::text[], %s::text[]) AS w (type, key)"
+            f"SELECT place FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS w (type, key, place)"
             f" WHERE {quote(schema)}.shard_of(type, key) <> {shard}"
         ).encode()
         self._known: dict[str, Source] = {}
@@ -70,7 +72,7 @@ class Sources:
         current: list[Row] = []
         page: Sequence[Row] = ()
         identity, more = None, False
-        elsewhere = self._elsewhere(connection, [*wanted.current, *wanted.retained])
+        elsewhere = self._elsewhere(connection, [*wanted.current, *wanted.retained], types)
         by_type: dict[str, list[str]] = defaultdict(list)
         for name, key in wanted.current:
             if (name, key) not in elsewhere:
@@ -85,17 +87,61 @@ class Sources:
         if wanted.page is not None:
             name = wanted.page.type
             try:
-                page, identity, more = self._page(connection, self._source(connection, name, types), wanted.page)
+                source = self._source(connection, name, types)
+                page, identity, more = self._page(connection, source, wanted.page, types[name].written_as)
             except _UnreadableError as error:
                 errors[name] = str(error)
         return Found(retained, current, page, identity, wanted.page, more, errors, elsewhere)
 
-    def _elsewhere(self, connection: Connection, entities: Sequence[Entity]) -> set[Entity]:
+    def live(
+        self, connection: Connection, entries: Sequence[Entry], types: Mapping[str, EntityType], *, most: int
+    ) -> tuple[list[Row], int | None]:
+        """What the types that read their sources publish of entries, in id order: each key once, as it is now.
+
+        Up to some `most` bytes; then the id of the last entry that it goes up to, otherwise None. Raises
+        `DatabaseError` when a source cannot be read, and psycopg's errors of a server that is lost.
+        """
+        reading: dict[str, list[EntityType]] = defaultdict(list)
+        for of in types.values():
+            if of.reads_source:
+                reading[of.written_as].append(of)
+        _prepare(connection)
+        read: dict[Entity, list[Row]] = {}
+        last: dict[Entity, Entry] = {}
+        size, upto = 0, None
+        for begin in range(0, len(entries), _LIVE):
+            some = entries[begin : begin + _LIVE]
+            for entry in some:
+                if entry[1] in reading:
+                    last[entry[1], entry[2]] = entry
+            new = [entity for entity in dict.fromkeys((entry[1], entry[2]) for entry in some) if entity in last]
+            new = [entity for entity in new if entity not in read]
+            for written_as, types_of_it in reading.items():
+                keys = [key for name, key in new if name == written_as]
+                for of in types_of_it if keys else ():
+                    try:
+                        rows = self._rows(connection, of.name, self._source(connection, of.name, types), keys)
+                    except _UnreadableError as error:
+                        raise _unreadable(of, error) from error
+                    for key, row in zip(keys, rows, strict=True):
+                        read.setdefault((written_as, key), []).append(row)
+                        size += len(row.entry.state or b"")
+            if size >= most and begin + _LIVE < len(entries):
+                upto = some[-1][0]
+                break
+        # A row of its own for each change: that of a key which changed again is published with the last of them.
+        live = [_of_change(row, last[entity]) for entity, rows in read.items() for row in rows]
+        return sorted(live, key=lambda row: row.entry.id), upto
+
+    def _elsewhere(
+        self, connection: Connection, entities: Sequence[Entity], types: Mapping[str, EntityType]
+    ) -> set[Entity]:
         """Which of some entities are another shard's."""
         if not (self._of_shard and entities):
             return set()
-        names, keys = zip(*entities, strict=True)
-        return {(name, key) for name, key in connection.execute(self._not_mine, [list(names), list(keys)])}
+        written = [types[name].written_as if name in types else name for name, _ in entities]
+        rows = connection.execute(self._not_mine, [written, [key for _, key in entities]])
+        return {entities[place - 1] for (place,) in rows}
 
     def _source(self, connection: Connection, name: str, types: Mapping[str, EntityType]) -> Source:
         entity_type = types.get(name)
@@ -117,13 +163,16 @@ class Sources:
                     raise _UnreadableError(f"its key {key} is not made of {columns}, joined with colons")
         return known
 
-    def _page(self, connection: Connection, source: Source, asked: Page) -> tuple[Sequence[Row], str, bool]:
+    def _page(
+        self, connection: Connection, source: Source, asked: Page, written_as: str
+    ) -> tuple[Sequence[Row], str, bool]:
         """The rows of a page, as many as can be read at once, what they are of, and whether there may be more."""
         identity = _identity(source, asked.where)
         if asked.after is not None and (asked.source != identity or len(asked.after) != len(source.order)):
             raise _UnreadableError("its source was changed meanwhile: start it again")
         arguments: dict[str, Any] = {f"after_{n}": text for n, text in enumerate(asked.after or ())}
-        arguments |= {"type": asked.type, "rows": asked.rows}
+        # The share of a key is that of its entries.
+        arguments |= {"type": written_as, "rows": asked.rows}
 
         def query(*, bare: bool) -> str:
             return source.page(after=asked.after is not None, where=asked.where, bare=bare, of_shard=self._of_shard)
@@ -179,6 +228,25 @@ class Sources:
                 return []  # no row has a key that its columns cannot hold
         bare = _ask(connection, source.rows_of(bare=True), arguments)
         return [_row(name, *one, failure=failure) for one in bare]
+
+
+def _unreadable(of: EntityType, error: _UnreadableError) -> DatabaseError:
+    if of.follows:
+        cure = f"Mend it (outbox types change {of.name} --source ...), or end it: outbox topics retire {of.topic}."
+    else:
+        cure = f"Mend it (outbox types change {of.name} --source ...), or publish what is written (--no-reads-source)."
+    return DatabaseError(f'The source of the entity type "{of.name}" cannot be read: {error}.', cure=cure)
+
+
+def _of_change(row: Row, entry: Entry) -> Row:
+    """A row that was looked up because of a change: what it says, under that change's name."""
+    number, _, _, _, created_ms, _, cause, headers = entry
+    mine = row.entry
+    return row._replace(
+        entry=mine._replace(
+            id=number, created_ms=created_ms, cause=cause or mine.cause, headers=headers or mine.headers
+        )
+    )
 
 
 def _identity(source: Source, where: str | None) -> str:

@@ -38,7 +38,7 @@ class TopicWatch:
             batch.head.types_version != self.seen
             or (dead and any(request.kind in DEAD_LETTERS for request in batch.requests))
             or (batch.entries and time.monotonic() > self.looked_at + self._interval)
-            or (self._troubles and not self._troubles.keys().isdisjoint(topics_of(batch)))
+            or (self._troubles and not self._troubles.keys().isdisjoint(topics_of(batch) | _asked_for(batch)))
         ):
             self.look(kafka, batch.types, shards=shards, needed=topics_of(batch))
             self.seen = batch.head.types_version
@@ -65,7 +65,13 @@ class TopicWatch:
                 emit(log, "relay.topic", shard=self._shard, topic=topic, error=error.message, cure=error.cure)
 
 
+def _asked_for(batch: Batch) -> set[str]:
+    """The topics of the types that requests name: one that was made a moment ago may not have been seen yet."""
+    names = {request.arguments.get("type") for request in batch.requests}
+    return {of.topic for of in batch.types.values() if of.name in names}
+
+
 def topics_of(batch: Batch) -> set[str]:
     """The topics that a batch's entries go to."""
     names = {entry[1] for entry in batch.entries}
-    return {t.topic for t in batch.types.values() if t.name in names}
+    return {t.topic for t in batch.types.values() if t.written_as in names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -17,7 +17,7 @@ class Live(NamedTuple):
     values: dict[str, bytes]
 
     @property
-    def json(self) -> dict[str, object]:
+    def json(self) -> dict[str, Any]:
         """The values, read."""
         return {key: orjson.loads(value) for key, value in self.values.items()}
 

@@ -346,3 +346,82 @@ def test_however_it_is_cut_and_refused_the_end_is_the_same(
     assert sum(t.entries for t in totals) == len(entries)
     assert sum(t.records for t in totals) == len(published)
     assert sum(t.dead for t in totals) == len(letters)
+
+
+FOLLOWED = {
+    **TYPES,
+    "user.v2": EntityType("user.v2", "users.v2", source="q", follows="user"),
+    "user.v3": EntityType("user.v3", "users.v3", source="q", follows="user", reads_source=True),
+}
+
+
+def followed(
+    entries: Sequence[Entry], *live: Row, requests: Sequence[Request] = (), found: Found | None = None
+) -> Plan:
+    """A plan of a batch of types that are followed."""
+    batch = replace(batch_of(entries, requests=requests, found=found), types=FOLLOWED, live=live)
+    return Plan(batch, {**LIMITS, "users.v2": 10_000, "users.v3": 10_000}, {}, now_ms=5_000)
+
+
+def of_source(number: int, key: str, state: bytes | None, failure: str | None = None) -> Row:
+    return Row(entry(number, key, state, of="user.v3"), (key,), failure)
+
+
+def test_what_follows_a_type_gets_its_entries_or_what_its_source_says_of_them() -> None:
+    """In id order, each under the type's own name and the entry's id."""
+    plan = followed([entry(50, "a"), entry(51, "b", None)], of_source(50, "a", b"new"), of_source(51, "b", None))
+    part = plan.part()
+    assert [(m.topic, m.entry.id, m.entry.type, m.value) for m in part.messages] == [
+        ("users", 50, "user", b"{}"),
+        ("users.v2", 50, "user.v2", b"{}"),
+        ("users.v3", 50, "user.v3", b"new"),
+        ("users", 51, "user", None),
+        ("users.v2", 51, "user.v2", None),
+        ("users.v3", 51, "user.v3", None),
+    ]
+    assert part.position.totals == {
+        "user": Totals(2, 2, 0),
+        "user.v2": Totals(2, 2, 0),
+        "user.v3": Totals(2, 2, 0),
+    }
+
+
+def test_what_was_made_of_one_entry_is_not_parted() -> None:
+    """A position between them would take what is not sent for published."""
+    plan = followed([entry(50, "a"), entry(51, "b")], of_source(50, "a", b"x"), of_source(51, "b", b"y"))
+    seen = list(parts(plan, 1))
+    assert [[m.topic for m in part.messages] for part in seen] == [["users", "users.v2", "users.v3"]] * 2
+    assert plan.smallest(seen[0])
+    assert not plan.smallest(followed([entry(50, "a"), entry(51, "b")]).part())
+
+
+def test_a_type_that_reads_its_source_publishes_nothing_of_what_was_written() -> None:
+    """Whoever writes may be older than the shape of its topic."""
+    types = {"user": EntityType("user", "users", source="q", reads_source=True)}
+    live = [Row(entry(51, "a", b"new"), ("a",))]
+    batch = replace(batch_of([entry(50, "a"), entry(51, "a")]), types=types, live=live)
+    part = Plan(batch, LIMITS, {}, now_ms=5_000).part()
+    assert [(m.entry.id, m.value) for m in part.messages] == [(51, b"new")]
+    assert part.position.totals == {"user": Totals(2, 1, 0)}
+
+
+def test_a_source_that_fails_for_an_entry_leaves_a_letter_of_the_follower() -> None:
+    """What others publish of the entry goes on."""
+    plan = followed([entry(50, "a")], of_source(50, "a", None, "division by zero"))
+    part = plan.part()
+    assert [m.topic for m in part.messages] == ["users", "users.v2"]
+    assert [(x.id, x.type, x.key, x.topic, x.reason) for x in part.letters] == [
+        (50, "user.v3", "a", "users.v3", "source")
+    ]
+    assert part.cleared == []
+
+
+def test_a_page_of_a_follower_leaves_out_the_keys_that_the_batch_names() -> None:
+    """They are published as of the same snapshot."""
+    page = Found(page=[of_source(0, "a", b"x"), of_source(0, "b", b"y")], paged=Page(5, "user.v3", None, None, 2))
+    request = Request(5, "backfill", {"type": "user.v3"})
+    part = followed([entry(50, "a")], of_source(50, "a", b"x"), requests=[request], found=page).part()
+    assert [(m.topic, m.entry.id, m.entry.key) for m in part.messages if m.topic == "users.v3"] == [
+        ("users.v3", 50, "a"),
+        ("users.v3", 0, "b"),
+    ]

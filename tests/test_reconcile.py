@@ -15,8 +15,8 @@ from confluent_kafka import Producer
 from consume import live, records
 from devstack.kafka import Kafka
 from outbox.canonical import json_digest
+from owners import Owner
 from relays import RelayProcess, environment, eventually, must, outbox
-from test_backfill import Owner
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
 

@@ -6,7 +6,8 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,14 @@ from confluent_kafka import Producer
 
 from consume import entry_id, live, records, seen
 from devstack.kafka import Kafka
+from outbox.config import Config
+from outbox.entity_type import EntityType
 from outbox.kafka.admin import Admin
+from outbox.lineage import Head
+from outbox.position import Position
+from outbox.reader import Reader
+from outbox.relay import Relay
+from outbox.wake import Wake
 from relays import RelayProcess, environment, eventually, must, outbox
 from workload import Writers, committed_ids, judge
 
@@ -109,6 +117,33 @@ def test_a_batch_tells_how_old_it_was_and_where_its_time_went(road: Road) -> Non
     assert all(seconds > 0 for seconds in steps)
     # Ages are whole milliseconds, by another clock than the steps.
     assert sum(steps) <= published["age_seconds"] + 0.005
+
+
+def test_a_type_that_is_added_while_a_shard_is_taken_has_its_topic(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The topics were looked at before: it is looked at them again, and nothing is dead-lettered."""
+    road.add_type("user")
+    topic = road.add_type("late")
+    must(road.env, "types", "remove", "late", "--yes")
+    look = Reader.look
+    looks: list[int] = []
+
+    def add(reader: Reader, position: Position) -> tuple[Head, Mapping[str, EntityType]]:
+        found = look(reader, position)
+        looks.append(found[0].types_version)
+        if len(looks) == 1:
+            road.sql(
+                f"INSERT INTO outbox.entity_types (name, topic) VALUES ('late', '{topic}')",
+                "SELECT outbox.put('late', '1', '{}')",
+            )
+        return found
+
+    monkeypatch.setattr(Reader, "look", add)
+    config = Config(database_url=road.url, kafka_bootstrap_servers=road.kafka.bootstrap, replication_factor=1)
+    with closing(Wake()) as wake:
+        done = Relay(config, wake=wake).run(until_caught_up=True)
+    assert looks[0] < looks[-1]
+    assert done.caught_up
+    assert len(records(road.kafka, topic)) == 1
 
 
 def test_tombstones_end_what_was_deleted(road: Road) -> None:
@@ -214,7 +249,7 @@ def test_kill_9_at_random_moments_while_writers_write(road: Road) -> None:
         table: dict[str, int] = dict(
             connection.execute("SELECT key, version FROM thing WHERE alive AND version > 0").fetchall()
         )
-    assert {key: value["version"] for key, value in live(road.kafka, topic).json.items()} == table  # type: ignore[index]  # a state of Writers
+    assert {key: value["version"] for key, value in live(road.kafka, topic).json.items()} == table
 
 
 def test_a_second_relay_ends_the_first_with_a_message(road: Road) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 
 import click
 
-from outbox import backfill, requests
+from outbox import backfill, follower, requests
 from outbox.backfill import Progress
 from outbox.config import Config
 from outbox.database import Connection
+from outbox.entity_type import EntityType
 from outbox.errors import ConfigError
 from outbox.requests import Asked
+from outbox.schema import quote
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Settings,
@@ -24,6 +27,7 @@ from outbox_cli.settings import (
     table,
     with_settings,
 )
+from outbox_cli.types import check_topic
 
 _LOOK_SECONDS = 0.5
 
@@ -38,6 +42,17 @@ def command() -> None:
 @click.option("--where", metavar="SQL", help="Only rows of the source for which this holds.")
 @click.option("--key", "keys", multiple=True, metavar="KEY", help="Only these entities; gone ones get a tombstone.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Rows a second at the most.")
+@click.option(
+    "--to-topic",
+    metavar="TOPIC",
+    help="Fill another topic, which gets each change from now on, too: see outbox topics switch.",
+)
+@click.option("--source", metavar="SQL", help="With --to-topic: the query of what is published there.")
+@click.option(
+    "--app",
+    metavar="MODULE:ATTRIBUTE",
+    help="Write entries here, by the service's own code (an outbox.AppSource); again, it goes on where it was.",
+)
 @click.option("--dry-run", is_flag=True, help="Count what would be published, and ask for nothing.")
 @click.option("--watch", is_flag=True, help="Show a bar until it is done.")
 @json_option
@@ -48,34 +63,60 @@ def start(
     where: str | None,
     keys: tuple[str, ...],
     rate: float | None,
+    to_topic: str | None,
+    source: str | None,
+    app: str | None,
     dry_run: bool,
     watch: bool,
     as_json: bool,
 ) -> None:
     """Ask the relay for a backfill; it publishes page by page, beside the live changes."""
+    if app is not None and (keys or where is not None or to_topic is not None):
+        raise click.UsageError("--app goes without --where, --key and --to-topic: its own select chooses.")
     if keys and (where is not None or rate is not None):
         raise click.UsageError("--key goes without --where and --rate.")
+    if source is not None and to_topic is None:
+        raise click.UsageError("--source goes with --to-topic; a type's own: outbox types change TYPE --source ...")
+    if app is not None:
+        from outbox_cli.app import run
+
+        run(settings, type_name, app, rate=rate, dry_run=dry_run, as_json=as_json)
+        return
+    _start(settings, type_name, where, keys, rate, to_topic, source, dry_run=dry_run, watch=watch, as_json=as_json)
+
+
+def _start(
+    settings: Settings,
+    type_name: str,
+    where: str | None,
+    keys: tuple[str, ...],
+    rate: float | None,
+    to_topic: str | None,
+    source: str | None,
+    *,
+    dry_run: bool,
+    watch: bool,
+    as_json: bool,
+) -> None:
     with settings.connect() as connection:
-        config = settings.needs_kafka() if watch else settings.config
+        config = settings.needs_kafka() if watch or to_topic is not None else settings.config
         name, shards = outbox_row(connection, config.schema)
-        entity_type = find_type(connection, config.schema, type_name)
-        if keys:
-            keys = tuple(dict.fromkeys(keys))
-            total = backfill.named(connection, entity_type, keys)
-        else:
-            checked = backfill.check(connection, entity_type, where=where)
-            total = checked.rows
-            if checked.slow is not None:
-                click.echo(f"warning: this will be slow: {checked.slow}.", err=True)
+        entity_type = followed = find_type(connection, config.schema, type_name)
+        if to_topic is not None:
+            entity_type = _follower(connection, config.schema, followed, to_topic, source)
+        keys = tuple(dict.fromkeys(keys))
+        total = _counted(connection, entity_type, keys, where)
         if dry_run:
             if as_json:
                 print_json({"request": None, "rows": total, "keys": len(keys) or None})
             else:
                 gone = f", {len(keys) - total} tombstones" if keys else ""
-                click.echo(f"{total:,} rows of {type_name} would be published{gone}.")
+                click.echo(f"{total:,} rows of {entity_type.name} would be published{gone}.")
             return
+        if to_topic is not None:
+            _begin_to_follow(config, connection, name, shards, followed, entity_type)
         if keys:
-            arguments = {"type": type_name, "keys": list(keys), "total": len(keys)}
+            arguments = {"type": entity_type.name, "keys": list(keys), "total": len(keys)}
             number = requests.ask(connection, config.schema, "publish", arguments)
         else:
             # Each shard has its own relay, which knows nothing of the others.
@@ -92,6 +133,57 @@ def start(
         _watch(config, connection, name, shards, number, as_json)
 
 
+def _follower(connection: Connection, schema: str, followed: EntityType, topic: str, source: str | None) -> EntityType:
+    """The follower that carries the type to this topic, as it is, or as it would be."""
+    found = follower.of_topic(connection, schema, followed.name, topic)
+    if found is None:
+        check_topic(connection, quote(schema), topic, topic)
+        return replace(
+            followed,
+            name=topic,
+            topic=topic,
+            source=source or followed.source,
+            derived=followed.derived and source is None,
+            follows=followed.name,
+            reads_source=source is not None,
+        )
+    if source is not None and source != found.source:
+        raise ConfigError(
+            f"The topic {topic} follows {followed.name} already, with another source.",
+            cure=f"Leave --source out; or change it first: outbox types change {found.name} --source ...",
+        )
+    return found
+
+
+def _counted(connection: Connection, entity_type: EntityType, keys: tuple[str, ...], where: str | None) -> int:
+    """How many rows there are to publish."""
+    if keys:
+        return backfill.named(connection, entity_type, keys)
+    checked = backfill.check(connection, entity_type, where=where)
+    if checked.slow is not None:
+        click.echo(f"warning: this will be slow: {checked.slow}.", err=True)
+    return checked.rows
+
+
+def _begin_to_follow(
+    config: Config, connection: Connection, name: str, shards: int, followed: EntityType, new: EntityType
+) -> None:
+    """Have the new type follow, unless it does: its topic first, to which the relay publishes as soon as it is told."""
+    from outbox import topics
+
+    if follower.of_topic(connection, config.schema, followed.name, new.topic) is not None:
+        return
+    wanted = topics.specs(config, name=name, shards=shards, types=[new])
+    differences = topics.differences(config, [spec for spec in wanted if spec.name == new.topic])
+    done = topics.apply(config, differences)
+    if left := [action for action in differences if action not in done]:
+        raise ConfigError(
+            f"The topic {new.topic} is not as it must be: {left[0].explanation}.", cure="Choose another, or mend it."
+        )
+    follower.follow(connection, config.schema, followed, new.topic, source=new.source if new.reads_source else None)
+    click.echo(f"{new.topic} follows {followed.name} from now on.", err=True)
+
+
 def _progress(config: Config, name: str, asked: Asked) -> Progress:
     from outbox.kafka.shard_log import read_positions
     from outbox.position import Position
@@ -101,7 +193,7 @@ def _progress(config: Config, name: str, asked: Asked) -> Progress:
 
 
 def _find(connection: Connection, config: Config, number: int) -> Asked:
-    found = requests.find(connection, config.schema, kinds=("backfill", "publish"), number=number)
+    found = requests.find(connection, config.schema, kinds=("backfill", "publish", "app"), number=number)
     if not found:
         raise ConfigError(f"There is no backfill with the number {number}.", cure="See them: outbox backfill list.")
     return found[0]
@@ -115,7 +207,7 @@ def list_(settings: Settings, as_json: bool) -> None:
     config = settings.needs_kafka()
     with settings.connect() as connection:
         name, shards = outbox_row(connection, config.schema)
-        asked = requests.find(connection, config.schema, kinds=("backfill", "publish"))
+        asked = requests.find(connection, config.schema, kinds=("backfill", "publish", "app"))
     rows = [(one, _progress(config, name, one)) for one in asked]
     if as_json:
         print_json([_as_json(one, done, shards) for one, done in rows])

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import click
 
 from outbox.config import Config
+from outbox.errors import ConfigError
 from outbox.topic import Action
-from outbox_cli.settings import Settings, confirm, fail, json_option, outbox_row, print_json, with_settings
+from outbox_cli.settings import ENTITY_TYPE, Settings, confirm, fail, json_option, outbox_row, print_json, with_settings
 
 
 @click.group("topics", epilog="Example: outbox topics plan")
@@ -103,3 +104,57 @@ def apply(settings: Settings, yes: bool, grow: bool, as_json: bool) -> None:
             click.echo(f"left    {action.topic}: {action.explanation}", err=True)
     if left:
         fail(1)
+
+
+@command.command(epilog="Example: outbox topics switch customer --to-topic shop.customer.v2 --yes")
+@click.argument("type_name", metavar="TYPE", type=ENTITY_TYPE)
+@click.option("--to-topic", required=True, metavar="TOPIC", help="A topic that follows the type and has been filled.")
+@click.option("--keep/--no-keep", default=True, show_default=True, help="Keep the old topic in step.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@with_settings
+def switch(settings: Settings, type_name: str, to_topic: str, keep: bool, yes: bool, as_json: bool) -> None:
+    """Give a type the topic that follows it, without a gap; the old one follows from then on, or ends."""
+    from outbox import follower
+    from outbox.kafka.shard_log import read_dead_letters
+
+    config = settings.needs_kafka()
+    ends = "is kept in step" if keep else "gets nothing any more"
+    with settings.connect() as connection:
+        name, shards = outbox_row(connection, config.schema)
+        new = follower.of_topic(connection, config.schema, type_name, to_topic)
+        letters = [x.key for x, _ in read_dead_letters(config, name) if new is not None and x.type == new.name]
+        if letters:
+            raise ConfigError(
+                f'{len(letters)} entities are not in {to_topic} (dead letters), as "{letters[0]}".',
+                cure=f"Mend the source and retry them: outbox dead-letters retry --type {to_topic}; or drop them.",
+            )
+        confirm(f"Publish {type_name} to {to_topic}? The old topic {ends}.", yes=yes)
+        now = follower.switch(connection, config.schema, type_name, to_topic, shards=shards, keep=keep)
+    if as_json:
+        print_json({"type": now.name, "topic": now.topic, "reads_source": now.reads_source, "kept": keep})
+        return
+    click.echo(f"{type_name} is published to {now.topic}; the old topic {ends}.")
+    if now.reads_source:
+        click.echo(
+            "Its source says what is published of a change. Once services write states of that shape: "
+            f"outbox types change {type_name} --no-reads-source."
+        )
+
+
+@command.command(epilog="Example: outbox topics retire shop.customer --yes")
+@click.argument("topic")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@with_settings
+def retire(settings: Settings, topic: str, yes: bool, as_json: bool) -> None:
+    """End a topic that follows an entity type; what is in it stays."""
+    from outbox import follower
+
+    confirm(f"Publish nothing to {topic} any more?", yes=yes)
+    with settings.connect() as connection:
+        followed = follower.retire(connection, settings.config.schema, topic)
+    if as_json:
+        print_json({"retired": topic, "followed": followed})
+    else:
+        click.echo(f"{topic} follows {followed} no more, and is left as it is.")

@@ -13,7 +13,17 @@ from outbox.database import Connection
 from outbox.errors import ConfigError, UnknownTypeError
 from outbox.schema import quote
 from outbox.topic import check_settings, dead_letters_topic, positions_topic
-from outbox_cli.settings import ENTITY_TYPE, Settings, confirm, json_option, print_json, printable, table, with_settings
+from outbox_cli.settings import (
+    ENTITY_TYPE,
+    Settings,
+    confirm,
+    find_type,
+    json_option,
+    print_json,
+    printable,
+    table,
+    with_settings,
+)
 
 _ADVICE = "In a service with Alembic write it into a migration instead: outbox revision --add-type NAME --topic TOPIC."
 
@@ -30,18 +40,29 @@ def list_(settings: Settings, as_json: bool) -> None:
     """List the entity types."""
     with settings.connect() as connection:
         rows = connection.execute(
-            f"SELECT name, topic, topic_settings, collapse, max_bytes, source "
+            f"SELECT name, topic, topic_settings, collapse, max_bytes, source, follows, reads_source "
             f"FROM {quote(settings.config.schema)}.entity_types ORDER BY name".encode()
         ).fetchall()
     if as_json:
-        names = ("name", "topic", "topic_settings", "collapse", "max_bytes", "source")
+        names = ("name", "topic", "topic_settings", "collapse", "max_bytes", "source", "follows", "reads_source")
         print_json([dict(zip(names, row, strict=True)) for row in rows])
         return
     if not rows:
         click.echo("There are no entity types. Add one: outbox types add NAME --topic TOPIC.")
         return
-    shown = [(r[0], r[1], "yes" if r[3] else "no", r[4], orjson.dumps(r[2]).decode() if r[2] else "") for r in rows]
-    click.echo(table(("TYPE", "TOPIC", "COLLAPSE", "MAX BYTES", "TOPIC SETTINGS"), shown))
+    shown = [
+        (
+            r[0],
+            r[1],
+            r[6] or "",
+            "source" if r[7] else "entries",
+            "yes" if r[3] else "no",
+            r[4],
+            orjson.dumps(r[2]).decode() if r[2] else "",
+        )
+        for r in rows
+    ]
+    click.echo(table(("TYPE", "TOPIC", "FOLLOWS", "STATES OF", "COLLAPSE", "MAX BYTES", "TOPIC SETTINGS"), shown))
 
 
 def _options(function: Any) -> Any:
@@ -99,7 +120,7 @@ def add(
         )
     with settings.connect() as connection:
         s = quote(settings.config.schema)
-        _check_topic(connection, s, type_name, topic)
+        check_topic(connection, s, type_name, topic)
         _check_source(connection, type_name, source)
         try:
             connection.execute(
@@ -122,6 +143,11 @@ def add(
 @command.command(epilog="Example: outbox types change customer --max-bytes 2000000")
 @click.argument("type_name", type=ENTITY_TYPE, metavar="NAME")
 @click.option("--topic", help="Another topic. The old one is left as it is.")
+@click.option(
+    "--reads-source/--no-reads-source",
+    default=None,
+    help="Publish of a change what the source says of its key, or the state that was written.",
+)
 @_options
 @json_option
 @with_settings
@@ -129,6 +155,7 @@ def change(
     settings: Settings,
     type_name: str,
     topic: str | None,
+    reads_source: bool | None,
     collapse: bool | None,
     max_bytes: int | None,
     partitions: int | None,
@@ -138,19 +165,21 @@ def change(
 ) -> None:
     """Change an entity type; what is not named stays."""
     extra = _topic_settings(type_name, topic_setting, partitions)
-    if not extra and all(given is None for given in (topic, collapse, max_bytes, source)):
+    if not extra and all(given is None for given in (topic, reads_source, collapse, max_bytes, source)):
         raise click.UsageError("Say what is to change: see outbox types change --help.")
     with settings.connect() as connection:
         _check_source(connection, type_name, source)
+        if reads_source and source is None and find_type(connection, settings.config.schema, type_name).source is None:
+            raise ConfigError(f'The entity type "{type_name}" has no source.', cure="Name it: --source.")
         if topic is not None:
-            _check_topic(connection, quote(settings.config.schema), type_name, topic)
+            check_topic(connection, quote(settings.config.schema), type_name, topic)
         row = connection.execute(
             f"""UPDATE {quote(settings.config.schema)}.entity_types
                 SET topic = coalesce(%s, topic), topic_settings = topic_settings || %s,
                     collapse = coalesce(%s, collapse), max_bytes = coalesce(%s, max_bytes),
-                    source = coalesce(%s, source)
+                    source = coalesce(%s, source), reads_source = coalesce(%s, reads_source)
                 WHERE name = %s RETURNING name, topic""".encode(),
-            [topic, Jsonb(extra), collapse, max_bytes, source, type_name],
+            [topic, Jsonb(extra), collapse, max_bytes, source, reads_source, type_name],
         ).fetchone()
     if row is None:
         raise _unknown(type_name)
@@ -179,6 +208,14 @@ def remove(settings: Settings, type_name: str, yes: bool, as_json: bool) -> None
                 "would fail without it.",
                 cure="End the capture first: op.outbox_release(...) in a migration.",
             )
+        follower = connection.execute(
+            f"SELECT topic FROM {quote(settings.config.schema)}.entity_types WHERE follows = %s".encode(), [type_name]
+        ).fetchone()
+        if follower is not None:
+            raise ConfigError(
+                f'The topic {follower[0]} follows the entity type "{type_name}".',
+                cure=f"End that first: outbox topics retire {follower[0]}.",
+            )
         row = connection.execute(
             f"DELETE FROM {quote(settings.config.schema)}.entity_types WHERE name = %s RETURNING topic".encode(),
             [type_name],
@@ -191,7 +228,7 @@ def remove(settings: Settings, type_name: str, yes: bool, as_json: bool) -> None
         click.echo(f"Removed {type_name}; its topic {row[0]} is left as it is.")
 
 
-def _check_topic(connection: Connection, schema: str, name: str, topic: str) -> None:
+def check_topic(connection: Connection, schema: str, name: str, topic: str) -> None:
     """Refuse a topic that Kafka would refuse, or that carries another entity type; `schema` is quoted."""
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", topic) or topic in {".", ".."}:
         raise ConfigError(

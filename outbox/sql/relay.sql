@@ -33,10 +33,12 @@ SELECT pg_current_snapshot()::text,
        top.id, top.xid::text, top.created_us, top.shard,
        CASE WHEN s.types_version <> %(types_version)s::bigint THEN
            (SELECT coalesce(json_agg(json_build_array(t.name, t.topic, t.topic_settings, t.collapse, t.max_bytes, t.source,
-                EXISTS (SELECT FROM {schema}.captures c WHERE c.type = t.name AND c.source = t.source))), '[]')
+                EXISTS (SELECT FROM {schema}.captures c
+                        WHERE c.type = coalesce(t.follows, t.name) AND c.source = t.source),
+                t.follows, t.reads_source)), '[]')
             FROM {schema}.entity_types t) END,
        (SELECT json_agg(json_build_array(r.id, r.kind, r.arguments, r.paused_at IS NOT NULL) ORDER BY r.id) FROM {schema}.requests r
-        WHERE r.cancelled_at IS NULL AND NOT EXISTS (
+        WHERE r.cancelled_at IS NULL AND r.kind <> 'app' AND NOT EXISTS (
             SELECT FROM {schema}.request_outcomes o WHERE o.request = r.id AND o.shard = %(shard)s::smallint))
 FROM {schema}.settings s
 LEFT JOIN LATERAL (

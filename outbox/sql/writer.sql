@@ -12,7 +12,7 @@ SELECT name, max_bytes, EXISTS (
     WHERE l.locktype = 'relation' AND l.relation = to_regclass(CAST(%(table)s AS text)) AND l.granted
       AND l.pid = pg_backend_pid() AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
-FROM {schema}.entity_types
+FROM {schema}.entity_types WHERE follows IS NULL
 
 -- name: put
 -- Only the columns that writers may fill: all others are defaults, the doorbell among them.

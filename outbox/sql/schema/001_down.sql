@@ -15,6 +15,8 @@ DROP FUNCTION {schema}.put(text, text, jsonb, text, jsonb)
 --;
 DROP FUNCTION {schema}.check_entry(text, text, integer, jsonb)
 --;
+DROP FUNCTION {schema}.app_progress(bigint, jsonb)
+--;
 DROP FUNCTION {schema}.report(bigint, smallint, jsonb)
 --;
 DROP TABLE {schema}.sealed

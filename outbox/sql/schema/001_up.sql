@@ -50,7 +50,13 @@ CREATE TABLE {schema}.entity_types (
     max_bytes      integer     NOT NULL DEFAULT 1000000 CHECK (max_bytes BETWEEN 1 AND 100000000),
     -- A query with the columns key and state (and headers, cause), or null. For backfill, replay and reconcile.
     source         text,
-    created_at     timestamptz NOT NULL DEFAULT now()
+    -- The entity type whose changes this one follows, or null: it has no entries of its own, and carries the same
+    -- entities to another topic. Of a follower there is no follower.
+    follows        text        REFERENCES {schema}.entity_types CHECK (follows <> name),
+    -- Whether a change is published as what `source` says of the key, instead of the state that was written.
+    reads_source   boolean     NOT NULL DEFAULT false,
+    created_at     timestamptz NOT NULL DEFAULT now(),
+    CHECK (source IS NOT NULL OR (follows IS NULL AND NOT reads_source))
 )
 --;
 -- Tables whose rows are published by a trigger; op.outbox_capture fills it.
@@ -147,11 +153,13 @@ CREATE INDEX entries_shard_xid ON {schema}.entries (shard, xid, id)
 -- What the command line asks of the relay. The relay writes no row here: it calls report().
 CREATE TABLE {schema}.requests (
     id           bigint      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
-    kind         text        NOT NULL CHECK (kind IN ('retry', 'drop', 'publish', 'backfill')),
+    -- An `app` is none of the relay's: the service's own code does it, and says here how far it is.
+    kind         text        NOT NULL CHECK (kind IN ('retry', 'drop', 'publish', 'backfill', 'app')),
     arguments    jsonb       NOT NULL DEFAULT '{{}}',
     requested_at timestamptz NOT NULL DEFAULT now(),
     paused_at    timestamptz,
-    cancelled_at timestamptz
+    cancelled_at timestamptz,
+    progress     jsonb
 )
 --;
 CREATE TABLE {schema}.request_outcomes (
@@ -180,6 +188,34 @@ BEGIN ATOMIC
     ON CONFLICT DO NOTHING;
 END
 --;
+-- How far the service's own backfill is. The request's row is locked until the transaction ends, in which `told` is
+-- true, and what it says is written: two processes take turns. Null when there is no such request; it is over once
+-- `told` says so ("done").
+CREATE FUNCTION {schema}.app_progress(request bigint, told jsonb) RETURNS jsonb
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    r {schema}.requests%ROWTYPE;
+BEGIN
+    SELECT * INTO r FROM {schema}.requests x WHERE x.id = app_progress.request AND x.kind = 'app' FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF told IS NOT NULL THEN
+        UPDATE {schema}.requests x SET progress = told WHERE x.id = r.id;
+        IF (told->>'done')::boolean THEN
+            INSERT INTO {schema}.request_outcomes (request, shard, outcome)
+            SELECT r.id, n, CASE n WHEN 0 THEN told ELSE '{{}}' END
+            FROM generate_series(0, (SELECT s.shards FROM {schema}.settings s) - 1) AS n
+            ON CONFLICT DO NOTHING;
+        END IF;
+    END IF;
+    RETURN jsonb_build_object(
+        'progress', coalesce(told, r.progress),
+        'state', CASE WHEN r.cancelled_at IS NOT NULL THEN 'cancelled' WHEN r.paused_at IS NOT NULL THEN 'paused'
+                      ELSE 'running' END);
+END
+$body$
+--;
 -- Refuses what could not be published. SQLSTATE: OB001 unknown entity type, OB002 key, OB003 state too large,
 -- OB004 no state, OB005 headers. Whoever writes one entry looks first whether it is needed: the call costs 12 us.
 CREATE FUNCTION {schema}.check_entry(type text, key text, bytes integer, headers jsonb) RETURNS void
@@ -187,7 +223,7 @@ CREATE FUNCTION {schema}.check_entry(type text, key text, bytes integer, headers
 DECLARE
     most integer;
 BEGIN
-    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = check_entry.type;
+    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = check_entry.type AND t.follows IS NULL;
     IF most IS NULL THEN
         RAISE EXCEPTION 'outbox: unknown entity type "%" (key "%")', check_entry.type, left(check_entry.key, 100)
             USING ERRCODE = 'OB001',
@@ -228,7 +264,7 @@ BEGIN
         RAISE EXCEPTION 'outbox: no state for % "%"', put.type, left(put.key, 100)
             USING ERRCODE = 'OB004', HINT = 'To publish a tombstone call outbox.delete(type, key).';
     END IF;
-    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = put.type;
+    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = put.type AND t.follows IS NULL;
     IF (octet_length(put.key) BETWEEN 1 AND 1024 AND octet_length(bytes) <= most AND put.headers IS NULL)
        IS NOT TRUE THEN
         PERFORM {schema}.check_entry(put.type, put.key, octet_length(bytes), put.headers);
@@ -250,7 +286,7 @@ BEGIN
         RAISE EXCEPTION 'outbox: no state for % "%"', put_bytes.type, left(put_bytes.key, 100)
             USING ERRCODE = 'OB004', HINT = 'To publish a tombstone call outbox.delete(type, key).';
     END IF;
-    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = put_bytes.type;
+    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = put_bytes.type AND t.follows IS NULL;
     IF (octet_length(put_bytes.key) BETWEEN 1 AND 1024 AND octet_length(put_bytes.state) <= most
         AND put_bytes.headers IS NULL) IS NOT TRUE THEN
         PERFORM {schema}.check_entry(put_bytes.type, put_bytes.key, octet_length(put_bytes.state), put_bytes.headers);
@@ -268,7 +304,7 @@ DECLARE
     most  integer;
     entry bigint;
 BEGIN
-    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = delete.type;
+    SELECT t.max_bytes INTO most FROM {schema}.entity_types t WHERE t.name = delete.type AND t.follows IS NULL;
     IF (octet_length(delete.key) BETWEEN 1 AND 1024 AND most IS NOT NULL AND delete.headers IS NULL)
        IS NOT TRUE THEN
         PERFORM {schema}.check_entry(delete.type, delete.key, 0, delete.headers);
