@@ -35,18 +35,20 @@ def follow(
     *,
     source: str | None = None,
     topic_settings: Mapping[str, Any] | None = None,
+    sourceless: bool = False,
 ) -> EntityType:
     """Have a further topic follow a type; it is named as its topic. The topic must be there before.
 
     With a `source` each change is published as what that says of its key, otherwise as it was written. Raises
-    `ConfigError` when the type follows another itself, or has no source and none is given.
+    `ConfigError` when the type follows another itself, or has no source and none is given; `sourceless`: it needs none,
+    for it is filled from the log.
     """
     if followed.follows is not None:
         raise ConfigError(
             f'"{followed.name}" follows "{followed.follows}" itself.',
             cure=f"Have the topic follow that one: outbox backfill start {followed.follows} --to-topic {topic}.",
         )
-    if source is None and followed.source is None:
+    if source is None and followed.source is None and not sourceless:
         raise ConfigError(
             f'The entity type "{followed.name}" has no source: what there is to publish to {topic} is not known.',
             cure="Name the query: --source.",

@@ -17,7 +17,7 @@ from outbox.entity_type import EntityType
 from outbox.errors import DatabaseUnavailableError, FencedError, WrongClusterError, WrongOutboxError
 from outbox.kafka.faults import Aborted, Fault, Fenced
 from outbox.lineage import Head, Verdict, judge
-from outbox.ports import Identity, Log, OpenLog, Source
+from outbox.ports import Database, Identity, Log, OpenLog
 from outbox.position import Position
 from outbox.request import Entity
 from outbox.telemetry import emit
@@ -39,7 +39,7 @@ class Hold:
     def __init__(
         self,
         number: int,
-        source: Source,
+        database: Database,
         open_log: OpenLog,
         *,
         token: str,
@@ -47,7 +47,7 @@ class Hold:
         stop: Callable[[], bool],
     ) -> None:
         self._number = number
-        self._source = source
+        self._database = database
         self._open_log = open_log
         self._grace = grace
         self._stop = stop
@@ -75,7 +75,7 @@ class Hold:
         former: str | None = None
         try:
             # The types may change from here on: what is known of their topics is of this version.
-            looked_at, types = self._source.look(self._start(identity))
+            looked_at, types = self._database.look(self._start(identity))
             check(kafka, types)
             # Before anybody is fenced: a relay of the wrong database must not disturb the right one, and one that comes
             # back from an outage must not take the shard from its successor.
@@ -109,7 +109,7 @@ class Hold:
         if unmarked:
             emit(log, "relay.torn", shard=number, unmarked=unmarked)
         emit(log, "relay.holds", shard=number, outbox=identity.name, token=self.token, epoch=position.epoch)
-        self._source.announce(self.token)
+        self._database.announce(self.token)
         return looked_at.types_version
 
     def _start(self, identity: Identity, head: Head | None = None) -> Position:
@@ -133,7 +133,7 @@ class Hold:
                 f"where shard {self._number} was expected.",
                 cure="Somebody else wrote to this topic; see docs/guarantees.md.",
             )
-        head = self._source.look(found or self._start(identity))[0]
+        head = self._database.look(found or self._start(identity))[0]
         if found is not None and judge(found, head) is Verdict.OTHER_CLUSTER:
             raise WrongClusterError(
                 f"The database is another cluster (system identifier {identity.system}) than the one that "
@@ -146,7 +146,7 @@ class Hold:
 
     def heed(self) -> None:
         """Stop for a relay that said it took the shard, if it did; Kafka tells an idle holder only later."""
-        said = self._source.announced
+        said = self._database.announced
         if self.kafka is None or said in {None, self.token, self._heeded}:
             return
         self._heeded = said

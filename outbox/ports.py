@@ -30,7 +30,7 @@ class Identity:
     system: str | None
 
 
-class Source(Protocol):
+class Database(Protocol):
     """The outbox's database. Every method may raise `DatabaseUnavailableError`: then `close`, `open`, again."""
 
     @property

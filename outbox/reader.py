@@ -34,7 +34,7 @@ from outbox.lineage import Head
 from outbox.patience import Patience
 from outbox.ports import Identity
 from outbox.position import Anchor, Cut, Position, Snapshot
-from outbox.request import Entity, Request, Wanted
+from outbox.request import Entity, Found, Page, Request, Row, Wanted
 from outbox.schema import NEWEST, bell_key
 from outbox.sourced import Sources
 from outbox.wake import Wake
@@ -247,6 +247,8 @@ class Reader:
                     retained = self._retained(connection, asked.retained, head)
                     if self._sources is not None:
                         found = self._sources.find(connection, asked, self._types, retained)
+                        if asked.page is not None and asked.page.history is not None:
+                            found = self._history(connection, asked.page, asked.page.history, found, head)
                         batch = replace(batch, requests=requests, found=found)
                 if wanted is not None:
                     with connection.pipeline():
@@ -391,17 +393,48 @@ class Reader:
     def _retained(self, connection: Connection, wanted: Mapping[Entity, int], head: Head) -> list[Entry]:
         if not wanted:
             return []
+        # A follower has no entries of its own.
+        names: dict[Entity, list[str]] = {}
+        for name, key in wanted:
+            written_as = self._types[name].written_as if name in self._types else name
+            names.setdefault((written_as, key), []).append(name)
         cursor = connection.execute(
             self._query("last_retained"),
             {
-                "types": [type_name for type_name, _ in wanted],
-                "keys": [key for _, key in wanted],
+                "types": [type_name for type_name, _ in names],
+                "keys": [key for _, key in names],
                 "shard": self._shard,
                 "from_id": min(wanted.values()),
                 "removed_id": head.removed_id,
             },
         )
-        return sorted(cast("list[Entry]", cursor.fetchall()))
+        found = cast("list[Entry]", cursor.fetchall())
+        return sorted(Entry(row[0], name, *row[2:]) for row in found for name in names[row[1], row[2]])
+
+    def _history(
+        self, connection: Connection, page: Page, chosen: Mapping[str, Any], found: Found, head: Head
+    ) -> Found:
+        """The entries of a window of the log that a request has chosen: those that this batch sees, in id order."""
+        after = int(page.after[0]) if page.after else max(head.removed_id, (chosen.get("first_id") or 1) - 1)
+        window = {"shard": self._shard, "after": after, "rows": page.rows}
+        row = connection.execute(self._query("window"), window).fetchone()
+        count, end = row or (0, None)
+        if end is None:
+            return replace(found, paged=page, more=False)
+        cursor = connection.cursor(binary=True)
+        cursor.execute(
+            self._query("history"),
+            {
+                "shard": self._shard,
+                "after": after,
+                "upto": end,
+                "type": chosen["of"],
+                "keys": chosen.get("keys"),
+                "since": chosen.get("since"),
+            },
+        )
+        rows = [Row(Entry(one[0], page.type, *one[2:]), (str(one[0]),)) for one in cursor.fetchall()]
+        return replace(found, page=rows, paged=page, more=count >= page.rows, end=(str(end),))
 
     # -- durability --------------------------------------------------------------------------------------------
 

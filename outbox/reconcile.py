@@ -32,6 +32,7 @@ from outbox.kafka.reader import Record
 from outbox.kafka.shard_log import read_positions
 from outbox.message import CONTENT_TYPE_HEADER, JSON_CONTENT_TYPE
 from outbox.position import Position
+from outbox.sample import Sample
 from outbox.schema import quote
 from outbox.source import Source, look, run_under
 
@@ -63,6 +64,11 @@ class Report:
     def different(self) -> int:
         """How many keys differ."""
         return self.missing + self.stale + self.orphaned + self.undecodable
+
+    @property
+    def keys(self) -> int:
+        """How many were compared."""
+        return self.equal + self.different + self.moving
 
 
 class Comparison:
@@ -203,8 +209,9 @@ class Reconciler:
         shards: int,
         told: Progress = lambda _what, _done, _of: None,
         seconds: float = 60.0,
+        sample: int | None = None,
     ) -> None:
-        """`seconds`: how long the relay may take to publish what a snapshot sees."""
+        """`seconds`: how long the relay may take to publish what a snapshot sees; `sample`: about so many keys."""
         if entity_type.source is None:
             raise ConfigError(
                 f'The entity type "{entity_type.name}" has no source to compare its topic with.',
@@ -219,6 +226,14 @@ class Reconciler:
         self._seconds = seconds
         self._source: Source = look(connection, entity_type.name, entity_type.source)
         self._ends: dict[int, int] = {}
+        self.sample = Sample.of(sample, total=self._count()) if sample is not None else None
+
+    def _count(self) -> int:
+        with self._connection.transaction():
+            self._connection.execute("SET LOCAL statement_timeout = 0")
+            run_under(self._connection, derived=self._type.derived)
+            row = self._connection.execute(self._source.count().encode(), {}).fetchone()
+        return int(row[0]) if row else 0
 
     def run(self, comparison: Comparison) -> Report:
         """Compare, from the start."""
@@ -253,7 +268,8 @@ class Reconciler:
         for number, record in enumerate(reader.read_between(*servers, self._type.topic, starts, ends)):
             if number % _ROWS_AT_ONCE == 0:
                 self._told("topic", number, total)
-            yield record
+            if self.sample is None or self.sample.takes(record.key or b""):
+                yield record
 
     # -- the source --------------------------------------------------------------------------------------------
 
@@ -276,7 +292,8 @@ class Reconciler:
     def _rows(self) -> Iterator[tuple[str, bytes | None]]:
         # A row without a key is no entity: outbox backfill start tells of it.
         with self._connection.cursor() as cursor:
-            rows = cursor.stream(self._source.every().encode(), {}, binary=True, size=_ROWS_AT_ONCE)
+            query = self._source.every(of=self.sample.sql if self.sample is not None else None)
+            rows = cursor.stream(query.encode(), {}, binary=True, size=_ROWS_AT_ONCE)
             for number, (key, state, *_) in enumerate(rows):
                 if number % _ROWS_AT_ONCE == 0:
                     self._told("source", number, None)

@@ -55,12 +55,19 @@ _WHERE = """
 def count(connection: Connection, schema: str, selected: Selected) -> Retained:
     """Look, without asking for anything."""
     s = quote(schema)
-    row = connection.execute(
-        f"SELECT count(*), count(DISTINCT e.key), (SELECT removed_id FROM {s}.settings)"
-        f" FROM {s}.entries e, {s}.settings s WHERE {_WHERE}".encode(),
-        _arguments(selected),
-    ).fetchone()
+    with connection.transaction():
+        _may_take_long(connection)
+        row = connection.execute(
+            f"SELECT count(*), count(DISTINCT e.key), (SELECT removed_id FROM {s}.settings)"
+            f" FROM {s}.entries e, {s}.settings s WHERE {_WHERE}".encode(),
+            _arguments(selected),
+        ).fetchone()
     return Retained(*(row or (0, 0, 0)))
+
+
+def _may_take_long(connection: Connection) -> None:
+    # It reads all that is retained: no index serves keys and times.
+    connection.execute("SET LOCAL statement_timeout = 0")
 
 
 @contextmanager
@@ -73,6 +80,7 @@ def keys(connection: Connection, schema: str, selected: Selected) -> Iterator[It
     s = quote(schema)
     with tempfile.TemporaryFile() as file:
         with connection.transaction(), connection.cursor("replay") as cursor:
+            _may_take_long(connection)
             # By id: the entries of the keys that one request names lie near each other.
             cursor.execute(
                 f"SELECT e.key, max(e.id) FROM {s}.entries e, {s}.settings s WHERE {_WHERE}"
@@ -85,14 +93,12 @@ def keys(connection: Connection, schema: str, selected: Selected) -> Iterator[It
         yield (tuple(orjson.loads(line)) for line in file)
 
 
-def requests(
-    entity_type: EntityType, selected: Selected, chosen: Iterator[tuple[str, int]]
-) -> Iterator[dict[str, Any]]:
+def requests(entity_type: EntityType, chosen: Iterator[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     """The arguments of the requests that replay these keys, in turn."""
     while some := list(islice(chosen, KEYS_AT_ONCE)):
         # The last retained entry, which a type without a source publishes, is not older than the chosen one.
         from_id = {} if entity_type.source is not None else {"from_id": min(number for _, number in some)}
-        yield {"type": selected.type, "keys": [key for key, _ in some], **from_id}
+        yield {"type": entity_type.name, "keys": [key for key, _ in some], **from_id}
 
 
 def _arguments(selected: Selected) -> dict[str, object]:

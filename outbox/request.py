@@ -24,8 +24,9 @@ class Request:
 
     `retry` and `drop` name dead letters: `arguments` holds `type` (None: of every type) and `keys` (None: all).
     `publish` names keys of a type (`type`, `keys`): the state that each has now is published, or a tombstone.
-    `backfill` means all that the source of a type has (`type`, `where`: a condition or None, `rate`: rows a second or
-    None). `paused`: nothing is done for it until somebody resumes it.
+    `history` means every entry of a type (`of`) that is retained, in order, as one of `type`; `keys`, `since` (ISO
+    8601) and `first_id` choose, each may be None. `backfill` means all that the source of a type has (`type`, `where`:
+    a condition or None, `rate`: rows a second or None). `paused`: nothing is done for it until somebody resumes it.
     """
 
     id: int
@@ -46,7 +47,8 @@ class Page:
     """The next rows of a type's source, in its order, that a backfill wants.
 
     `after`: where the page before ended, as texts (None: there was none). `rows`: how many at the most. `source`: what
-    identifies the source that the page before was read from.
+    identifies the source that the page before was read from. `history`: it is of the log, not of a source, and so
+    chosen.
     """
 
     request: int
@@ -55,6 +57,7 @@ class Page:
     after: Sequence[str] | None
     rows: int
     source: str | None = None
+    history: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,10 @@ class Row(NamedTuple):
 class Found:
     """What was read for `Wanted`: entries; of each entity its row, without a state where it is gone; a page.
 
-    `source` identifies what the page was read from; `more`: whether it may go on after the page. `errors`: by type, why
-    its source could not be read. `elsewhere`: entities that were wanted and are another shard's.
+    `source` identifies what the page was read from; `more`: whether it may go on after the page; `end`: where, if
+    that is not after its last row. `errors`: by type, why
+    its source could not be read. `elsewhere`: entities that were wanted and are another shard's. `looked_for`: those
+    that were wanted. `later`: types whose source could not be read now, and may be soon.
     """
 
     retained: Sequence[Entry] = ()
@@ -99,3 +104,6 @@ class Found:
     more: bool = False
     errors: Mapping[str, str] = field(default_factory=dict)
     elsewhere: AbstractSet[Entity] = frozenset()
+    end: Sequence[str] | None = None
+    looked_for: AbstractSet[Entity] = frozenset()
+    later: AbstractSet[str] = frozenset()

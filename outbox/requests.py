@@ -113,6 +113,13 @@ def find(
     ]
 
 
+def backfills(connection: Connection, schema: str, *, number: int | None = None) -> list[Asked]:
+    """The backfills among the requests: by the relay, by named keys, or by the service's own code."""
+    found = find(connection, schema, kinds=("backfill", "publish", "app"), number=number)
+    # What replay and reconcile hand over names keys as well, and no total.
+    return [one for one in found if one.kind != "publish" or "total" in one.arguments]
+
+
 def set_state(connection: Connection, schema: str, number: int, *, paused: bool | None = None) -> None:
     """Pause or resume a request, or cancel it (None)."""
     if paused is None:

@@ -26,11 +26,11 @@ from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
 from outbox.lineage import Verdict, judge
 from outbox.pace import Pace
 from outbox.plan import Part, Plan, make
-from outbox.ports import Adopt, Log, OpenLog, Source
+from outbox.ports import Adopt, Database, Log, OpenLog
 from outbox.position import Point, Position
 from outbox.read_ahead import ReadAhead
-from outbox.request import DEAD_LETTERS, NAMELESS, Entity, Page, Request, Wanted
-from outbox.share import KEYS, shares
+from outbox.request import NAMELESS, Entity, Page, Request, Wanted
+from outbox.share import KEYS, PAGED, shares
 from outbox.telemetry import emit
 from outbox.topic_watch import TopicWatch
 
@@ -87,7 +87,7 @@ class Shard:
     def __init__(
         self,
         config: Config,
-        source: Source,
+        database: Database,
         open_log: OpenLog,
         adopt: Adopt,
         *,
@@ -100,10 +100,10 @@ class Shard:
         self._config = config
         self._number = config.shard
         self._stop = stop
-        self._source = source
+        self._database = database
         self._adopt = adopt
         self._now_ms = now_ms
-        self._hold = Hold(self._number, source, open_log, token=token or uuid.uuid4().hex, grace=grace, stop=stop)
+        self._hold = Hold(self._number, database, open_log, token=token or uuid.uuid4().hex, grace=grace, stop=stop)
         self._topics = TopicWatch(self._number, interval=config.topic_check_interval)
         self._ahead = ReadAhead(read_ahead)
         self._pace = Pace(budget=_PAGE_SECONDS, most=config.batch_rows)
@@ -139,7 +139,7 @@ class Shard:
         """
         self._ahead.drop()
         if database:
-            self._source.close()
+            self._database.close()
         if self._hold.give_up(unless_idle=database or keep):
             self._part_size, self._watched = None, False
 
@@ -152,9 +152,9 @@ class Shard:
 
     def step(self) -> Step:
         """Do one pass: take the shard if it is not held, else publish the next batch if there is one."""
-        if not self._source.connected:
+        if not self._database.connected:
             self._ahead.take()  # what ended the connection is raised, and said
-            self._source.open()
+            self._database.open()
             self._topics.seen = -1  # it may be another database, with other types under the same version
         kafka, position = self._hold.kafka, self._hold.position
         if kafka is None or position is None:
@@ -220,7 +220,9 @@ class Shard:
                 if request.kind == "retry":
                     for entity in request.names(dead):
                         followed = types.get(entity[0])
-                        if dead[entity] and not (followed and (followed.follows or followed.reads_source)):
+                        if dead[entity] and not (
+                            followed and followed.source and (followed.follows or followed.reads_source)
+                        ):
                             retained[entity] = dead[entity]
                         elif not entity[1].startswith(NAMELESS):
                             current.append(entity)  # it came from the source
@@ -233,7 +235,7 @@ class Shard:
                         retained |= dict.fromkeys(named, request.arguments.get("from_id", 0))
             return Wanted(retained, current, self._page(unfinished, position))
 
-        return self._source.read(position, wanted)
+        return self._database.read(position, wanted)
 
     def _read_and_make(self, limits: Mapping[str, int], position: Position) -> Batch:
         batch = self._read(position)
@@ -242,14 +244,20 @@ class Shard:
     def _page(self, requests: Sequence[Request], position: Position) -> Page | None:
         """The page that the next batch takes: of the backfills that may go on, each in its turn."""
         now = time.monotonic()
-        backfills = [r for r in requests if r.kind not in DEAD_LETTERS and r.kind != "publish"]
-        for request in sorted(backfills, key=lambda r: (r.id <= self._paged, r.id)):
+        paged = [r for r in requests if r.kind in PAGED]
+        for request in sorted(paged, key=lambda r: (r.id <= self._paged, r.id)):
             rows = self._pace.rows(request.id, request.arguments.get("rate"), now)
             if rows:
                 said = position.requests.get(str(request.id), {})
                 arguments = request.arguments
                 return Page(
-                    request.id, arguments["type"], arguments.get("where"), said.get("after"), rows, said.get("source")
+                    request.id,
+                    arguments["type"],
+                    arguments.get("where"),
+                    said.get("after"),
+                    rows,
+                    said.get("source"),
+                    arguments if request.kind == "history" else None,
                 )
         return None
 
@@ -261,7 +269,7 @@ class Shard:
         def check(kafka: Log, types: Mapping[str, EntityType]) -> None:
             self._topics.look(kafka, types, shards=self._shards, needed=needed)
 
-        looked_at = self._hold.take(self._source.identity, check=check)
+        looked_at = self._hold.take(self._database.identity, check=check)
         if looked_at is None:
             return Step(Did.NOTHING, more=True)
         self._topics.seen = looked_at
@@ -269,7 +277,7 @@ class Shard:
 
     @property
     def _shards(self) -> int:
-        return self._source.identity.shards if self._source.identity else 1
+        return self._database.identity.shards if self._database.identity else 1
 
     def _lost(self, kafka: Log, fault: Fault) -> None:
         """A transaction that failed, or may have."""
@@ -327,7 +335,7 @@ class Shard:
         for request in batch.requests:
             progress = batch.position.requests.get(str(request.id))
             if progress is not None and "done" in progress:
-                self._source.report(request.id, progress["done"])
+                self._database.report(request.id, progress["done"])
 
     # -- publishing --------------------------------------------------------------------------------------------
 
@@ -339,7 +347,7 @@ class Shard:
             # The end of a cut is a point of its own: what came since is read from there.
             self._hold.position = following
             return Step(Did.NOTHING, more=True, caught_up=self._past_cut(batch), read_seconds=batch.seconds)
-        anchor, top, identity = position.point.anchor, head.top, self._source.identity
+        anchor, top, identity = position.point.anchor, head.top, self._database.identity
         # A shard without an anchor pins the ring from its start: it takes the first that there is.
         aged = (
             top is not None
@@ -369,7 +377,7 @@ class Shard:
     def _publish(self, kafka: Log, plan: Plan, batch: Batch, *, prepared_in: float) -> Step:
         if batch.cut:
             # Only in a backlog, and once: it is a statement of its own. The status knows a batch by what it finds.
-            self._source.show("working")
+            self._database.show("working")
         spent = [0.0, 0.0, 0.0]
         dead = 0
         while not plan.finished:
@@ -464,7 +472,7 @@ class Shard:
         if kafka.outdated:
             self._hold.renew()
         began = time.monotonic()
-        self._source.wait_flushed(lsn)
+        self._database.wait_flushed(lsn)
         flushed = time.monotonic()
         if ahead:
             self._ahead.begin(partial(self._read_and_make, kafka.limits), part.position)

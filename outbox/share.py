@@ -9,9 +9,10 @@ from typing import Any
 
 from outbox.batch import Batch
 from outbox.entry import Entry
-from outbox.request import DEAD_LETTERS, Entity, Request, Row
+from outbox.request import DEAD_LETTERS, NAMELESS, Entity, Found, Request, Row
 
 _EXAMPLES = 20
+PAGED = frozenset({"backfill", "history"})
 KEYS = 1_000
 """How many of the keys that a request names are looked up for one batch."""
 
@@ -27,7 +28,8 @@ class Share:
     that are not sent: the batch has an entry of the key, which says what it is as of the same snapshot, or there is
     nothing to send; of those `elsewhere` are another shard's, and do not count. `named` are the dead letters that the
     request means, `gone` the entities of which there is nothing to publish. `error`: why
-    nothing can be read for it; the request is over. `source` identifies what a page was read from.
+    nothing can be read for it; the request is over. `source` identifies what a page was read from, `end` is where the
+    next begins, if not after the last row.
     """
 
     request: Request
@@ -40,6 +42,7 @@ class Share:
     gone: Sequence[Entity] = ()
     error: str | None = None
     source: str | None = None
+    end: Sequence[str] | None = None
 
     def progress(self, done: int, failed: AbstractSet[Entity]) -> Progress | None:
         """How far it is once the first `done` rows are, given the entities that could not be published.
@@ -48,7 +51,7 @@ class Share:
         """
         if self.last and done == len(self.rows):
             return {"done": self._outcome(failed)}
-        if self.request.kind in DEAD_LETTERS or not done:
+        if self.request.kind in DEAD_LETTERS or not (done or self.end):
             return None
         return self._partly(done, failed)
 
@@ -59,8 +62,9 @@ class Share:
             "rows": self.before.get("rows", 0) + done - elsewhere,
             "refused": self.before.get("refused", 0) + sum(_entity(row.entry) in failed for row in rows),
         }
-        if self.request.kind == "backfill":
-            return {**so_far, "after": list(rows[-1].at), "source": self.source}
+        if self.request.kind in PAGED:
+            after = self.end if self.end is not None and done == len(self.rows) else rows[-1].at
+            return {**so_far, "after": list(after), "source": self.source}
         tombstones = sum(
             row.entry.state is None and row.failure is None and place not in self.left_out
             for place, row in enumerate(rows)
@@ -106,11 +110,15 @@ def shares(batch: Batch, dead: Mapping[Entity, int]) -> list[Share]:
         before = batch.position.requests.get(str(request.id), {})
         if "done" in before or request.paused:
             continue  # done, and the control table has not been told yet; or somebody wants it to wait
+        if request.arguments.get("type") in found.later:
+            continue
         error = found.errors.get(request.arguments.get("type", ""))
         if error is not None and request.kind not in DEAD_LETTERS:
             taken.append(Share(request, (), before, last=True, error=error))
         elif request.kind in DEAD_LETTERS:
             named = request.names(left)
+            if request.kind == "retry" and any(_not_yet(entity, found) for entity in named):
+                continue
             for entity in named:
                 del left[entity]
             wanted = named if request.kind == "retry" else []
@@ -121,9 +129,19 @@ def shares(batch: Batch, dead: Mapping[Entity, int]) -> list[Share]:
             last = begin + KEYS >= len(keys)
             taken.append(_named(request, before, wanted, there, in_batch, found.elsewhere, last=last))
         elif found.paged is not None and found.paged.request == request.id:
-            left_out = frozenset(n for n, row in enumerate(found.page) if _entity(row.entry) in in_batch)
-            taken.append(Share(request, found.page, before, not found.more, left_out, source=found.source))
+            # Of a history every entry is meant, and what the batch has of the key is a later one.
+            of_history = request.kind == "history"
+            left_out = frozenset(
+                n for n, row in enumerate(found.page) if not of_history and _entity(row.entry) in in_batch
+            )
+            share = Share(request, found.page, before, not found.more, left_out, source=found.source, end=found.end)
+            taken.append(share)
     return taken
+
+
+def _not_yet(entity: Entity, found: Found) -> bool:
+    """Whether a dead letter came after the look-up (a batch is read ahead), or its source cannot be read now."""
+    return entity[0] in found.later or (entity not in found.looked_for and not entity[1].startswith(NAMELESS))
 
 
 def _named(

@@ -68,9 +68,13 @@ class Source:
         condition = f" WHERE {' AND '.join(conditions)}" if conditions else ""
         return f"{self._select(bare=bare)}{condition} ORDER BY {self._order} LIMIT %(rows)s"
 
-    def every(self) -> str:
-        """The query of all rows, in no order, with the columns of `page`."""
-        return self._select(bare=False)
+    def every(self, *, of: str | None = None) -> str:
+        """The query of all rows, in no order, with the columns of `page`; `of`: a condition over `s.key`."""
+        return self._select(bare=False) + (f" WHERE {of}" if of is not None else "")
+
+    def count(self) -> str:
+        """The query of how many rows there are."""
+        return f"SELECT count(*) FROM (\n{_doubled(self.query)}\n) AS s"
 
     def rows_of(self, *, bare: bool = False) -> str:
         """The query of the rows of some keys, with the columns of `page`; see `looked_up` for what is given to it."""

@@ -19,7 +19,7 @@ from psycopg import errors as pg
 from outbox.database import Connection
 from outbox.entity_type import EntityType
 from outbox.entry import Entry
-from outbox.errors import ConfigError, DatabaseError
+from outbox.errors import ConfigError, DatabaseError, DatabaseUnavailableError
 from outbox.key import MAX_KEY_BYTES
 from outbox.request import NAMELESS, Entity, Found, Page, Row, Wanted
 from outbox.schema import quote
@@ -28,11 +28,14 @@ from outbox.source import Source, joined, look, run_under
 # What a smaller page may be free of: errors of a row, by their SQLSTATE classes (data, cardinality, a constraint of a
 # domain, RAISE).
 _OF_A_ROW = ("21", "22", "23", "P0")
-# Live changes wait meanwhile: a query that takes longer ends its request, and one that waits for a lock, too.
+# Errors of the server's moment: a transaction that is rolled back, resources, a lock.
+_OF_A_MOMENT = ("40", "53", "55P03")
+# Live changes wait meanwhile: a query that takes longer ends its request, one that waits for a lock comes later.
 _MOST_MS = 10_000
-_LOCK_MS = 2_000
+_LOCK_MS = 250
 # The keys of so many entries are looked up at once.
 _LIVE = 1_000
+_LIVE_SECONDS = 1.0
 # Of so many rows it is looked at whether the key is made of the columns that it is said to be made of.
 _SAMPLE = 100
 # What the relay's session has switched off for its own queries.
@@ -41,6 +44,10 @@ _PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_increm
 
 class _UnreadableError(Exception):
     """A source that cannot be read, and why."""
+
+
+class _LaterError(Exception):
+    """A query that the server could not answer now: of memory, of a lock, of a deadlock. Another time it may."""
 
 
 class _QueryError(_UnreadableError):
@@ -69,6 +76,7 @@ class Sources:
     ) -> Found:
         """Read what is wanted; `retained` was read already. Raises psycopg's errors of a server that is lost."""
         errors: dict[str, str] = {}
+        later: set[str] = set()
         current: list[Row] = []
         page: Sequence[Row] = ()
         identity, more = None, False
@@ -82,25 +90,43 @@ class Sources:
         for name, keys in by_type.items():
             try:
                 current += self._rows(connection, name, self._source(connection, name, types), keys)
+            except _LaterError:
+                later.add(name)
             except _UnreadableError as error:
                 errors[name] = str(error)
-        if wanted.page is not None:
+        if wanted.page is not None and wanted.page.history is None and wanted.page.type not in later:
             name = wanted.page.type
             try:
                 source = self._source(connection, name, types)
                 page, identity, more = self._page(connection, source, wanted.page, types[name].written_as)
+            except _LaterError:
+                later.add(name)
             except _UnreadableError as error:
                 errors[name] = str(error)
-        return Found(retained, current, page, identity, wanted.page, more, errors, elsewhere)
+        looked_for = frozenset((*wanted.current, *wanted.retained))
+        return Found(
+            retained,
+            current,
+            page,
+            identity,
+            wanted.page,
+            more,
+            errors,
+            elsewhere,
+            looked_for=looked_for,
+            later=later,
+        )
 
     def live(
         self, connection: Connection, entries: Sequence[Entry], types: Mapping[str, EntityType], *, most: int
     ) -> tuple[list[Row], int | None]:
         """What the types that read their sources publish of entries, in id order: each key once, as it is now.
 
-        Up to some `most` bytes; then the id of the last entry that it goes up to, otherwise None. Raises
-        `DatabaseError` when a source cannot be read, and psycopg's errors of a server that is lost.
+        Up to some `most` bytes, and about a second; then the id of the last entry that it goes up to, otherwise None.
+        Raises `DatabaseError` when a source cannot be read, `DatabaseUnavailableError` when it cannot be now, and
+        psycopg's errors of a server that is lost.
         """
+        began = time.monotonic()
         reading: dict[str, list[EntityType]] = defaultdict(list)
         for of in types.values():
             if of.reads_source:
@@ -123,10 +149,15 @@ class Sources:
                         rows = self._rows(connection, of.name, self._source(connection, of.name, types), keys)
                     except _UnreadableError as error:
                         raise _unreadable(of, error) from error
+                    except _LaterError as error:
+                        raise DatabaseUnavailableError(
+                            f'The source of "{of.name}" cannot be read now: {error}.', cure="It is tried again."
+                        ) from error
                     for key, row in zip(keys, rows, strict=True):
                         read.setdefault((written_as, key), []).append(row)
                         size += len(row.entry.state or b"")
-            if size >= most and begin + _LIVE < len(entries):
+            too_much = size >= most or time.monotonic() - began > _LIVE_SECONDS
+            if too_much and begin + _LIVE < len(entries):
                 upto = some[-1][0]
                 break
         # A row of its own for each change: that of a key which changed again is published with the last of them.
@@ -153,6 +184,9 @@ class Sources:
             try:
                 known = self._known[entity_type.source] = look(connection, name, entity_type.source)
             except ConfigError as error:
+                cause = error.__cause__
+                if isinstance(cause, psycopg.Error) and _passes(cause):
+                    raise _LaterError(cause.diag.message_primary) from error
                 raise _UnreadableError(str(error)) from error
             # A row that is looked up by those columns and not found would get a tombstone.
             sample = _ask(connection, known.page(after=False, bare=True), {"rows": _SAMPLE}) if known.made_of else []
@@ -268,6 +302,10 @@ def _prepare(connection: Connection) -> None:
     )
 
 
+def _passes(error: psycopg.Error) -> bool:
+    return (error.sqlstate or "").startswith(_OF_A_MOMENT)
+
+
 def _ask(connection: Connection, query: str, arguments: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Run a query behind a savepoint; `_QueryError` for its own errors, psycopg's for a server that is lost."""
     connection.execute("SAVEPOINT source")
@@ -277,6 +315,8 @@ def _ask(connection: Connection, query: str, arguments: Mapping[str, Any]) -> li
         if connection.closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.INERROR:
             raise
         connection.execute("ROLLBACK TO SAVEPOINT source")
+        if _passes(error):
+            raise _LaterError((error.diag.message_primary or str(error)).strip()) from error
         raise _QueryError(error) from error
     connection.execute("RELEASE SAVEPOINT source")
     return found

@@ -84,9 +84,7 @@ def look(config: Config, connection: Connection) -> Status:
     with translated(place(config.database_url)):
         head = connection.execute(queries["outbox"].encode()).fetchone()
         name, shards, epoch, removed_id = head or ("", 1, 1, 0)
-        relays: dict[str, int] = dict(
-            connection.execute(queries["relays"].encode(), {"name": f"outbox-relay {name[:30]}/%"}).fetchall()
-        )
+        relays = running(connection, name)
         types: dict[str, str] = dict(connection.execute(queries["types"].encode()).fetchall())
         ring = slots(connection, config.schema)
     found: dict[int, Position] = {}
@@ -130,6 +128,12 @@ def look(config: Config, connection: Connection) -> Status:
         elif current is not None and current.reached.anchor is not None:
             pins.append(f"the anchor of shard {shard} is entry {current.reached.anchor.id}: its slot is kept")
     return Status(name, epoch, shard_rows, type_rows, ring, pins, kafka)
+
+
+def running(connection: Connection, name: str) -> dict[str, int]:
+    """The relays that are connected to the database, as they call themselves, and their server processes."""
+    query = sql.load("status")["relays"]
+    return dict(connection.execute(query.encode(), {"name": f"outbox-relay {name[:30]}/%"}).fetchall())
 
 
 def _shard(

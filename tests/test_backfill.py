@@ -156,6 +156,147 @@ def test_the_command_starts_watches_lists_and_refuses_a_second(owner: Owner) -> 
     assert [one["request"] for one in outbox_json(owner, "list")] == [number, number + 1]
 
 
+def test_the_list_has_backfills_alone_and_what_is_over_is_closed(owner: Owner) -> None:
+    """Not what replay handed over; the relay's batches look at what is open, and at one list of keys at a time."""
+    owner.add_type()
+    with owner.relay():
+        for first in range(1, 40, 2):
+            owner.ask("publish", keys=[str(first), str(first + 1)])
+        number = outbox_json(owner, "start", "customer", "--key", "77")["request"]
+        owner.outcome(number)
+        assert [one["request"] for one in outbox_json(owner, "list")] == [number]
+    found = {(record.key or b"").decode() for record in records(owner.kafka, owner.topic)}
+    assert found == {*(str(n) for n in range(1, 41)), "77"}
+    with psycopg.connect(owner.url) as connection:
+        open_ones = connection.execute("SELECT count(*) FROM outbox.requests WHERE finished_at IS NULL").fetchone()
+        connection.execute(
+            "UPDATE outbox.requests SET finished_at = now() - interval '31 days' WHERE id < %s", [number]
+        )
+    assert open_ones == (0,)
+    with owner.relay():
+        owner.outcome(owner.ask("publish", keys=["1"]))
+    with psycopg.connect(owner.url) as connection:
+        left = connection.execute("SELECT count(*) FROM outbox.requests").fetchone()
+    assert left == (2,)
+
+
+def test_a_source_that_is_locked_for_a_moment_is_read_later(owner: Owner) -> None:
+    """A migration that alters the table ends no backfill, and makes no tombstone."""
+    owner.add_type()
+    with psycopg.connect(owner.url) as migration, owner.relay(poll_interval=0.2):
+        migration.execute("LOCK TABLE customer IN ACCESS EXCLUSIVE MODE")
+        backfill, named = owner.ask(), owner.ask("publish", keys=["1", "2"])
+        owner.sql("SELECT outbox.put('customer', 'live', '{}')")
+        eventually(lambda: "live" in live(owner.kafka, owner.topic).values)
+        assert len(records(owner.kafka, owner.topic)) == 1
+        migration.commit()
+        assert owner.outcome(backfill) == {"rows": 5000, "refused": 0}
+        assert owner.outcome(named)["tombstones"] == 0
+
+
+def test_keys_in_another_order_than_their_texts(owner: Owner) -> None:
+    """Paged in the order of the index: by number within a text, in a language's collation where the server has one."""
+    with psycopg.connect(owner.url) as connection:
+        (collation,) = connection.execute(
+            "SELECT coalesce(min(collname), 'default') FROM pg_collation"
+            " WHERE collprovider IN ('i', 'c') AND collname ~ '^en'"
+        ).fetchone() or ("",)
+    owner.sql(
+        "DROP TABLE customer",
+        f'CREATE TABLE customer (name text COLLATE "{collation}", id int, PRIMARY KEY (name, id))',
+        "INSERT INTO customer SELECT (ARRAY['ä', 'Z', 'a', 'A-', 'ß', 'a:b'])[1 + n % 6], n"
+        " FROM generate_series(1, 3000) n",
+    )
+    key = r"replace(name, ':', '\:') || ':' || id"
+    owner.add_type(f"SELECT {key} AS key, to_jsonb(c) AS state, name, id FROM customer c")
+    with owner.relay(batch_rows=500):
+        assert owner.outcome(owner.ask()) == {"rows": 3000, "refused": 0}
+    assert len(records(owner.kafka, owner.topic)) == 3000
+    with psycopg.connect(owner.url) as connection:
+        there: dict[str, Any] = dict(
+            connection.execute(f"SELECT {key}, to_jsonb(c) FROM customer c".encode()).fetchall()
+        )
+    assert live(owner.kafka, owner.topic).json == there
+
+
+def test_two_backfills_of_different_types_take_turns(owner: Owner) -> None:
+    """Neither waits for the other's end."""
+    owner.add_type()
+    other = f"{owner.name}.other"
+    must(owner.env, "types", "add", "other", "--topic", other, "--source", SOURCE)
+    must(owner.env, "topics", "apply", "--yes")
+    with owner.relay(batch_rows=200):
+        first = owner.ask()
+        with psycopg.connect(owner.url, autocommit=True) as connection:
+            second = requests.ask(connection, "outbox", "backfill", {"type": "other"})
+        eventually(lambda: records(owner.kafka, other))
+        with psycopg.connect(owner.url) as connection:
+            over = connection.execute("SELECT count(*) FROM outbox.request_outcomes").fetchone()
+        assert owner.outcome(first)["rows"] == owner.outcome(second)["rows"] == 5000
+    assert over == (0,)
+    assert len(live(owner.kafka, other).values) == len(live(owner.kafka, owner.topic).values) == 5000
+
+
+def _history(owner: Owner, topic: str) -> list[tuple[int, str, Any]]:
+    found = [
+        (entry_id(r), (r.key or b"").decode(), orjson.loads(r.value) if r.value else None)
+        for r in records(owner.kafka, topic)
+    ]
+    return sorted(found, key=lambda one: one[0])
+
+
+def test_a_history_is_published_again_entry_by_entry(owner: Owner) -> None:
+    """Of a type without collapse: in order for each key, under the old ids, up to the newest; killed, too."""
+    owner.add_type(None, "--no-collapse", "--partitions", "1")
+    owner.sql(
+        "INSERT INTO outbox.entries (type, key, state) SELECT CASE n % 3 WHEN 0 THEN 'other' ELSE 'customer' END,"
+        " 'k' || n % 10, convert_to(jsonb_build_object('n', n)::text, 'UTF8') FROM generate_series(1, 9000) n"
+    )
+    must(owner.env, "types", "add", "other", "--topic", f"{owner.name}.other")
+    must(owner.env, "topics", "apply", "--yes")
+    with RelayProcess({**owner.env, "OUTBOX_BATCH_ROWS": "500"}, owner.directory / "relay.log") as relay:
+        eventually(lambda: len(records(owner.kafka, owner.topic)) == 6000)
+        number = owner.ask("history", of="customer", keys=None, since=None, first_id=3001)
+        for killed in (1, 2):
+            eventually(partial(_has, owner, 6000 + killed * 1000))
+            relay.kill()
+            relay.start()
+        assert owner.outcome(number) == {"rows": 4000, "refused": 0}
+        told = orjson.loads(must(owner.env, "replay", "--type", "customer", "--history", "--key", "k1", "--json"))
+        assert told["rows"] == 600
+        assert relay.stop() == 0
+    ids = [entry_id(record) for record in records(owner.kafka, owner.topic)]
+    again = [n for n in range(3001, 9001) if n % 3]
+    assert ids[:6000] == [n for n in range(1, 9001) if n % 3]
+    assert ids[6000:10_000] == again
+    assert ids[10_000:] == [n for n in range(1, 9001) if n % 3 and n % 10 == 1]
+    for options in (["--until", "2026-01-01"], ["--id", "1:5"]):
+        refused = outbox(owner.env, "replay", "--type", "customer", "--history", *options)
+        assert (refused.returncode, "up to the newest" in refused.stderr) == (2, True)
+
+
+def test_a_history_fills_another_topic_which_is_kept_in_step_from_then_on(owner: Owner) -> None:
+    """Of a type that collapses, without a source; its own topic is not filled so."""
+    owner.add_type(None)
+    owner.sql("SELECT outbox.put('customer', 'k' || n % 10, jsonb_build_object('n', n)) FROM generate_series(1, 100) n")
+    refused = outbox(owner.env, "replay", "--type", "customer", "--history")
+    assert (refused.returncode, "customer collapses" in refused.stderr) == (2, True)
+    other = f"{owner.name}.every"
+    unknown = outbox(owner.env, "replay", "--type", "customer", "--to-topic", other)
+    assert (unknown.returncode, "does not follow customer" in unknown.stderr) == (78, True)
+    with owner.relay():
+        eventually(lambda: len(records(owner.kafka, owner.topic)) == 10)
+        told = must(owner.env, "replay", "--type", "customer", "--history", "--to-topic", other, "--json")
+        assert orjson.loads(told)["rows"] == 100
+        owner.sql("SELECT outbox.put('customer', 'k1', '{}')")
+        eventually(lambda: len(records(owner.kafka, other)) == 101)
+        again = must(owner.env, "replay", "--type", "customer", "--to-topic", other, "--key", "k2", "--json")
+        assert orjson.loads(again)["rows"] == 1
+    found = _history(owner, other)
+    assert [(number, key) for number, key, _ in found][:92] == [(n, f"k{n % 10}") for n in range(1, 93)]
+    assert live(owner.kafka, other).json == live(owner.kafka, owner.topic).json
+
+
 def test_pause_resume_cancel(owner: Owner) -> None:
     """What was published stays; a cancelled one is not gone on with, and another may begin."""
     owner.add_type()

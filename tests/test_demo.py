@@ -37,7 +37,10 @@ def test_it_ends_by_saying_that_topics_and_tables_are_equal() -> None:
     demo = start()
     said, _ = demo.communicate(timeout=180)
     assert demo.returncode == 0, said
-    assert re.search(r"^equal: 100,011 keys", said, re.MULTILINE), said
+    assert re.search(r"^equal: 150,011 keys", said, re.MULTILINE), said
+    assert "--watch: done: 50,000 rows" in said
+    assert "reconcile client: equal: 49,997, missing: 1, stale: 1, orphaned: 1, undecodable: 1; missing: 7;" in said
+    assert "--repair: equal: 50,000" in said
     branch = re.search(r"^bank.branch: .* ([\d,]+) entries, ([\d,]+) records", said, re.MULTILINE)
     assert branch is not None, said
     entries, records = (int(number.replace(",", "")) for number in branch.groups())

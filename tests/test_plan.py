@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,8 +45,10 @@ def batch_of(
     return Batch(before, head, TYPES, entries, last_id, requests, found or Found(retained))
 
 
-def plan_of(batch: Batch, dead: Mapping[Entity, int] | None = None) -> Plan:
-    return Plan(batch, LIMITS, dead or {}, now_ms=5_000)
+def plan_of(batch: Batch, dead: Mapping[Entity, int] | None = None, *, later: Collection[Entity] = ()) -> Plan:
+    """The plan of a batch for which all dead letters were looked up, but for some that came `later`."""
+    found = replace(batch.found, looked_for=frozenset(dead or ()) - set(later))
+    return Plan(replace(batch, found=found), LIMITS, dead or {}, now_ms=5_000)
 
 
 def parts(plan: Plan, size: int) -> Iterator[Part]:
@@ -203,6 +205,13 @@ def test_a_request_that_the_position_knows_to_be_done_is_not_done_again_and_is_f
     assert plan.empty
     plan = plan_of(batch_of([entry(5)], requests=[RETRY], position=position))
     assert plan.part().position.requests == {"9": done["9"]}
+
+
+def test_a_dead_letter_that_came_after_the_look_up_is_retried_with_the_next_batch() -> None:
+    """A batch is read ahead of the commit that may leave one: it is not said to be retained no more."""
+    dead = {("user", "a"): 1, ("user", "b"): 2}
+    assert plan_of(batch_of([], requests=[RETRY], retained=[entry(1)]), dead, later=[("user", "b")]).empty
+    assert not plan_of(batch_of([], requests=[RETRY], retained=[entry(1)]), dead).empty
 
 
 BACKFILL = Request(5, "backfill", {"type": "user"})

@@ -111,6 +111,40 @@ def test_each_kind_of_difference_is_found_and_repaired_and_nothing_else(owner: O
     assert live(owner.kafka, owner.topic).json == owner.table()
 
 
+def test_among_100_000_keys_a_few_are_found_and_repaired(owner: Owner) -> None:
+    """And a sample says what it knows: of some thousand keys, what all may have at the most."""
+    owner.sql("INSERT INTO customer SELECT n, 'customer ' || n FROM generate_series(3001, 100000) n")
+    must(owner.env, "backfill", "start", "customer", "--where", "id > 3000", "--watch", seconds=120)
+    code, found = reconcile(owner, "--sample", "2000")
+    assert (code, found["equal"]) == (0, found["sample"]["keys"])
+    assert found["equal"] == pytest.approx(2000, rel=0.15)
+    assert found["sample"]["different_at_most"] == pytest.approx(3 / found["equal"], rel=0.01)
+    by_hand = Producer({"bootstrap.servers": owner.kafka.bootstrap, "partitioner": "murmur2_random"})
+    for key, value in {"70000": None, "80000": b'{"id": 9}', "90000": b"rubbish", "extra": b"{}"}.items():
+        by_hand.produce(owner.topic, value, key.encode(), headers=[("outbox-id", b"0")])
+    assert by_hand.flush(30) == 0
+    before = len(records(owner.kafka, owner.topic))
+    code, found = reconcile(owner)
+    assert (code, found["equal"]) == (1, 99_997)
+    assert found["examples"] == {
+        "missing": ["70000"], "stale": ["80000"], "undecodable": ["90000"], "orphaned": ["extra"],
+    }  # fmt: skip
+    code, found = reconcile(owner, "--repair")
+    assert (code, found["equal"]) == (0, 100_000)
+    assert len(records(owner.kafka, owner.topic)) == before + 4
+
+
+def test_a_sample_of_a_topic_that_is_wrong_says_so(owner: Owner) -> None:
+    """The share that differs in it bounds that of all."""
+    owner.running.stop()
+    owner.sql("UPDATE customer SET name = 'another' WHERE id % 10 = 0")
+    with RelayProcess(owner.env, owner.directory / "again.log"):
+        code, found = reconcile(owner, "--sample", "1000")
+    assert code == 1
+    assert found["stale"] == pytest.approx(100, rel=0.4)
+    assert 0.1 < found["sample"]["different_at_most"] < 0.2
+
+
 def test_under_writers_no_false_difference_is_reported(owner: Owner) -> None:
     """Hot keys among them: what never holds still is told as that, and what is on its way is looked at again."""
     stop = threading.Event()
@@ -121,12 +155,14 @@ def test_under_writers_no_false_difference_is_reported(owner: Owner) -> None:
             while not stop.is_set():
                 number = (number * 48271) % 2147483647
                 connection.execute("SELECT change(%s)", [1 + number % (20 if number % 2 else 3000)])
+                # Each reconcile reads the whole topic: it must not grow without end.
+                stop.wait(0.02)
 
     writers = [threading.Thread(target=write, args=(seed,)) for seed in range(1, 5)]
     for one in writers:
         one.start()
     try:
-        for _ in range(5):
+        for _ in range(20):
             code, found = reconcile(owner)
             assert not any(found[kind] for kind in ("missing", "stale", "orphaned", "undecodable")), found
             assert (code == 0) == (not found["moving"])

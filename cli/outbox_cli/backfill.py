@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
-from outbox import backfill, follower, requests
+from outbox import backfill, follower, requests, status
 from outbox.backfill import Progress
 from outbox.config import Config
 from outbox.database import Connection
@@ -28,6 +29,9 @@ from outbox_cli.settings import (
     with_settings,
 )
 from outbox_cli.types import check_topic
+
+if TYPE_CHECKING:
+    from outbox.position import Position
 
 _LOOK_SECONDS = 0.5
 
@@ -103,7 +107,7 @@ def _start(
         name, shards = outbox_row(connection, config.schema)
         entity_type = followed = find_type(connection, config.schema, type_name)
         if to_topic is not None:
-            entity_type = _follower(connection, config.schema, followed, to_topic, source)
+            entity_type = follower_of(connection, config.schema, followed, to_topic, source)
         keys = tuple(dict.fromkeys(keys))
         total = _counted(connection, entity_type, keys, where)
         if dry_run:
@@ -114,7 +118,7 @@ def _start(
                 click.echo(f"{total:,} rows of {entity_type.name} would be published{gone}.")
             return
         if to_topic is not None:
-            _begin_to_follow(config, connection, name, shards, followed, entity_type)
+            begin_to_follow(config, connection, name, shards, followed, entity_type)
         if keys:
             arguments = {"type": entity_type.name, "keys": list(keys), "total": len(keys)}
             number = requests.ask(connection, config.schema, "publish", arguments)
@@ -133,7 +137,9 @@ def _start(
         _watch(config, connection, name, shards, number, as_json)
 
 
-def _follower(connection: Connection, schema: str, followed: EntityType, topic: str, source: str | None) -> EntityType:
+def follower_of(
+    connection: Connection, schema: str, followed: EntityType, topic: str, source: str | None
+) -> EntityType:
     """The follower that carries the type to this topic, as it is, or as it would be."""
     found = follower.of_topic(connection, schema, followed.name, topic)
     if found is None:
@@ -165,7 +171,7 @@ def _counted(connection: Connection, entity_type: EntityType, keys: tuple[str, .
     return checked.rows
 
 
-def _begin_to_follow(
+def begin_to_follow(
     config: Config, connection: Connection, name: str, shards: int, followed: EntityType, new: EntityType
 ) -> None:
     """Have the new type follow, unless it does: its topic first, to which the relay publishes as soon as it is told."""
@@ -180,20 +186,20 @@ def _begin_to_follow(
         raise ConfigError(
             f"The topic {new.topic} is not as it must be: {left[0].explanation}.", cure="Choose another, or mend it."
         )
-    follower.follow(connection, config.schema, followed, new.topic, source=new.source if new.reads_source else None)
+    source = new.source if new.reads_source else None
+    follower.follow(connection, config.schema, followed, new.topic, source=source, sourceless=new.source is None)
     click.echo(f"{new.topic} follows {followed.name} from now on.", err=True)
 
 
-def _progress(config: Config, name: str, asked: Asked) -> Progress:
+def _positions(config: Config, name: str) -> list[Position | None]:
     from outbox.kafka.shard_log import read_positions
     from outbox.position import Position
 
-    values = read_positions(config, name)
-    return backfill.progress(asked, [Position.decode(value) if value is not None else None for value in values])
+    return [Position.decode(value) if value is not None else None for value in read_positions(config, name)]
 
 
 def _find(connection: Connection, config: Config, number: int) -> Asked:
-    found = requests.find(connection, config.schema, kinds=("backfill", "publish", "app"), number=number)
+    found = requests.backfills(connection, config.schema, number=number)
     if not found:
         raise ConfigError(f"There is no backfill with the number {number}.", cure="See them: outbox backfill list.")
     return found[0]
@@ -207,8 +213,9 @@ def list_(settings: Settings, as_json: bool) -> None:
     config = settings.needs_kafka()
     with settings.connect() as connection:
         name, shards = outbox_row(connection, config.schema)
-        asked = requests.find(connection, config.schema, kinds=("backfill", "publish", "app"))
-    rows = [(one, _progress(config, name, one)) for one in asked]
+        asked = requests.backfills(connection, config.schema)
+    positions = _positions(config, name) if asked else []
+    rows = [(one, backfill.progress(one, positions)) for one in asked]
     if as_json:
         print_json([_as_json(one, done, shards) for one, done in rows])
     elif rows:
@@ -299,13 +306,15 @@ def watch(settings: Settings, number: int, as_json: bool) -> None:
 def _watch(config: Config, connection: Connection, name: str, shards: int, number: int, as_json: bool) -> None:
     asked = _find(connection, config, number)
     total = asked.arguments.get("total")
+    if not status.running(connection, name):
+        click.echo(f"No relay of {name} runs: it begins when one does (outbox relay).", err=True)
     # On a terminal a bar; elsewhere, and for scripts, the end alone.
     with click.progressbar(
         length=total or 0, label=f"{asked.arguments['type']} (request {number})", show_pos=True, file=sys.stderr
     ) as bar:
         while True:
             asked = _find(connection, config, number)
-            done = _progress(config, name, asked)
+            done = backfill.progress(asked, _positions(config, name))
             # Rows that were written since the count are no reason for a bar that is over too early.
             bar.length = max(total or 0, done.rows)
             bar.update(done.rows - bar.pos)

@@ -37,6 +37,12 @@ DIFFERENT, NOT_TOLD = 1, 2
 @click.argument("type_name", metavar="TYPE", type=ENTITY_TYPE)
 @click.option("--repair", is_flag=True, help="Have the relay publish the keys that differ, and compare again.")
 @click.option(
+    "--sample",
+    type=click.IntRange(1),
+    metavar="N",
+    help="About so many keys alone, and what they say of all: quick, for a monitor.",
+)
+@click.option(
     "--timeout",
     type=Seconds(0, 86_400),
     default=60.0,
@@ -45,7 +51,9 @@ DIFFERENT, NOT_TOLD = 1, 2
 )
 @json_option
 @with_settings
-def command(settings: Settings, type_name: str, repair: bool, timeout: float, as_json: bool) -> None:
+def command(
+    settings: Settings, type_name: str, repair: bool, sample: int | None, timeout: float, as_json: bool
+) -> None:
     """Compare the topic of an entity type with its source, key by key. Exit 0: equal, 1: different, 2: could not tell.
 
     Both may change meanwhile: a key that is on its way is looked at again.
@@ -60,7 +68,14 @@ def command(settings: Settings, type_name: str, repair: bool, timeout: float, as
 
             def compare() -> Report:
                 reconciler = Reconciler(
-                    config, connection, entity_type, name=name, shards=shards, told=_told(), seconds=timeout
+                    config,
+                    connection,
+                    entity_type,
+                    name=name,
+                    shards=shards,
+                    told=_told(),
+                    seconds=timeout,
+                    sample=sample,
                 )
                 return reconciler.run(found)
 
@@ -72,7 +87,7 @@ def command(settings: Settings, type_name: str, repair: bool, timeout: float, as
     except (OutboxError, psycopg.Error, sqlite3.Error, OSError) as error:
         click.echo(f"error: {error}", err=True)
         fail(NOT_TOLD)
-    _show(report, as_json=as_json)
+    _show(report, as_json=as_json, sampled=sample is not None)
     if report.different:
         fail(DIFFERENT)
     if report.moving:
@@ -99,16 +114,21 @@ def _told() -> Callable[[str, int, int | None], None]:
     return tell
 
 
-def _show(report: Report, *, as_json: bool) -> None:
+def _show(report: Report, *, as_json: bool, sampled: bool) -> None:
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
     from outbox.reconcile import KINDS
+    from outbox.sample import CONFIDENCE, at_most
 
     counts = {kind: getattr(report, kind) for kind in ("equal", *KINDS, "moving")}
+    most = at_most(report.different + report.moving, report.keys)
     if as_json:
-        print_json({**counts, "examples": report.examples})
+        said = {"sample": {"keys": report.keys, "different_at_most": most, "confidence": CONFIDENCE}} if sampled else {}
+        print_json({**counts, "examples": report.examples, **said})
         return
     click.echo(", ".join(f"{kind}: {count:,}" for kind, count in counts.items() if count or kind == "equal"))
+    if sampled:
+        click.echo(f"a sample of {report.keys:,} keys: with {CONFIDENCE:.0%} confidence at most {most:.3%} differ")
     for kind, keys in report.examples.items():
         for key in keys:
             click.echo(f"{kind}: {printable(key)}")

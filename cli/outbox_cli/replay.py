@@ -11,8 +11,10 @@ from typing import Any
 
 import click
 
-from outbox import replay, requests
+from outbox import follower, replay, requests
 from outbox.database import Connection
+from outbox.entity_type import EntityType
+from outbox.errors import ConfigError
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Seconds,
@@ -59,6 +61,12 @@ class _Time(click.ParamType[datetime]):
 @click.option("--since", type=_Time(), metavar="TIME", help="Entries from this time on (ISO 8601).")
 @click.option("--until", type=_Time(), metavar="TIME", help="Entries up to this time.")
 @click.option("--id", "ids", type=_Ids(), metavar="FROM:TO", help="Entries of these ids.")
+@click.option("--to-topic", metavar="TOPIC", help="Into a topic that follows the type: see outbox backfill start.")
+@click.option(
+    "--history",
+    is_flag=True,
+    help="Every entry in order, up to the newest: of a type without collapse, or into another topic.",
+)
 @click.option("--dry-run", is_flag=True, help="Count what would be published, and ask for nothing.")
 @click.option(
     "--timeout",
@@ -76,6 +84,8 @@ def command(
     since: datetime | None,
     until: datetime | None,
     ids: tuple[int | None, int | None] | None,
+    to_topic: str | None,
+    history: bool,
     dry_run: bool,
     timeout: float,
     as_json: bool,
@@ -93,8 +103,12 @@ def command(
     with settings.connect() as connection:
         schema = settings.config.schema
         _, shards = outbox_row(connection, schema)
-        entity_type = find_type(connection, schema, type_name)
-        by_key = by_key and entity_type.source is not None
+        entity_type = target = find_type(connection, schema, type_name)
+        if history:
+            _check_history(entity_type, to_topic, until, last)
+        elif to_topic is not None:
+            target = _followed_by(connection, schema, type_name, to_topic)
+        by_key = by_key and target.source is not None
         retained = replay.count(connection, schema, selected)
         if first is not None and first <= retained.removed_id:
             click.echo(f"Entries up to {retained.removed_id} are not retained any more.", err=True)
@@ -102,14 +116,18 @@ def command(
         if dry_run:
             _tell({"entries": retained.entries, "keys": total}, gone, as_json)
             return
+        if history:
+            done.update(_history(settings, connection, entity_type, to_topic, selected, timeout))
+            _tell({"entries": retained.entries, **done}, gone, as_json)
+            return
         with ExitStack() as stack:
             asked: Iterable[dict[str, Any]]
             if by_key:
                 # Published whether or not an entry of them is retained.
-                asked = [{"type": type_name, "keys": list(dict.fromkeys(keys))}]
+                asked = [{"type": target.name, "keys": list(dict.fromkeys(keys))}]
             else:
                 chosen = stack.enter_context(replay.keys(connection, schema, selected))
-                asked = replay.requests(entity_type, selected, chosen)
+                asked = replay.requests(target, chosen)
             bar = stack.enter_context(click.progressbar(length=total, label=type_name, show_pos=True, file=sys.stderr))
             for arguments in asked:
                 counts, missing = _ask(connection, schema, arguments, shards, timeout)
@@ -119,6 +137,69 @@ def command(
                 bar.update(len(arguments["keys"]))
     # Keys that were named, and that no retained entry has.
     _tell({"entries": retained.entries, **done}, [*gone, *sorted(wanted)], as_json)
+
+
+def _check_history(entity_type: EntityType, to_topic: str | None, until: datetime | None, last: int | None) -> None:
+    if to_topic is None and entity_type.collapse:
+        raise click.UsageError(
+            f"{entity_type.name} collapses: its consumers want the last state of a key. --history is for a type "
+            "without collapse, or --to-topic another topic."
+        )
+    if until is not None or last is not None:
+        raise click.UsageError(
+            "--history goes up to the newest entry, so that no older state is the last of a key: leave --until and the "
+            "end of --id out."
+        )
+
+
+def _followed_by(connection: Connection, schema: str, type_name: str, topic: str) -> EntityType:
+    found = follower.of_topic(connection, schema, type_name, topic)
+    if found is None:
+        raise ConfigError(
+            f"The topic {topic} does not follow {type_name}.",
+            cure=f"Have it follow: outbox backfill start {type_name} --to-topic {topic}.",
+        )
+    return found
+
+
+def _history(
+    settings: Settings,
+    connection: Connection,
+    entity_type: EntityType,
+    to_topic: str | None,
+    selected: replay.Selected,
+    timeout: float,
+) -> Mapping[str, int]:
+    """Have every chosen entry published in order; counts of what each shard did."""
+    config = settings.needs_kafka()
+    name, shards = outbox_row(connection, config.schema)
+    target = entity_type
+    if to_topic is not None:
+        from outbox_cli.backfill import begin_to_follow, follower_of
+
+        target = follower_of(connection, config.schema, entity_type, to_topic, None)
+        if target.reads_source:
+            raise ConfigError(
+                f"The topic {to_topic} gets what its source says, which knows no history.",
+                cure=f"Replay without --history, or: outbox backfill start {entity_type.name} --to-topic {to_topic}.",
+            )
+        begin_to_follow(config, connection, name, shards, entity_type, target)
+    arguments = {
+        "type": target.name,
+        "of": target.written_as,
+        "keys": list(selected.keys) if selected.keys is not None else None,
+        "since": selected.since.isoformat() if selected.since is not None else None,
+        "first_id": selected.first_id,
+    }
+    number = requests.ask(connection, config.schema, "history", arguments)
+    done: Counter[str] = Counter()
+    for outcome in requests.wait_for(connection, config.schema, number, shards, seconds=timeout).values():
+        if "error" in outcome:
+            raise ConfigError(
+                f"Request {number} could not be done: {outcome['error']}.", cure="See outbox topics plan."
+            )
+        done.update({word: outcome[word] for word in ("rows", "refused")})
+    return done
 
 
 def _ask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ class Publishing:
         self._directory = directory
         self._log = directory / "relay.log"
         self._relay: Child | None = None
+        self._code = 0
 
     def make(self, tables: Sequence[Published]) -> None:
         """Make the outbox, its entity types and their topics, and capture the tables with the rows they have."""
@@ -50,6 +52,27 @@ class Publishing:
                 op.outbox_add_type(table.type, topic=table.topic)
                 op.outbox_capture(table.table, type=table.type, key=(table.key,), existing_rows=True)
         self._run("topics", "apply", "--yes")
+
+    # --- what was there before -------------------------------------------------------------------
+
+    def capture_later(self, table: Published) -> None:
+        """Capture another table, whose rows stay unpublished until they change; its type's source comes with it."""
+        engine = create_engine(make_url(self._url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+        with engine.begin() as connection:
+            op: Any = Operations(MigrationContext.configure(connection))
+            op.outbox_add_type(table.type, topic=table.topic)
+            op.outbox_capture(table.table, type=table.type, key=(table.key,))
+        self._run("topics", "apply", "--yes")
+
+    def backfill(self, table: Published) -> str:
+        """Publish the rows that were there before, with a bar on a terminal; what the command says."""
+        return self._shown("backfill", "start", table.type, "--watch")
+
+    def reconcile(self, table: Published, *, repair: bool = False) -> tuple[bool, str]:
+        """Compare a topic with its table; whether it is equal, and what the command says."""
+        arguments = ["reconcile", table.type, *(["--repair"] if repair else [])]
+        said = self._shown(*arguments, codes=(0, 1))
+        return self._code == 0, said
 
     # --- the relay -------------------------------------------------------------------------------
 
@@ -82,6 +105,26 @@ class Publishing:
             relay.stop(seconds=0)
 
     # --- inside ----------------------------------------------------------------------------------
+
+    def _shown(self, *arguments: str, codes: Sequence[int] = (0,), seconds: float = 120) -> str:
+        """Run a command as a person does, whose progress is drawn on the terminal; what it writes otherwise."""
+        done = subprocess.run(
+            [str(_program()), *arguments],
+            env=self._environment,
+            cwd=self._directory,
+            stdout=subprocess.PIPE,
+            stderr=None if sys.stderr.isatty() else subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        self._code = done.returncode
+        if done.returncode not in codes:
+            raise ServerError(
+                f"`outbox {' '.join(arguments)}` failed (exit code {done.returncode}):\n{done.stderr or ''}"
+            )
+        return done.stdout.strip()
 
     def _run(self, *arguments: str, seconds: float = 120) -> None:
         log = self._directory / "outbox.log"

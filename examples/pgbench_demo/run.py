@@ -22,7 +22,7 @@ from devstack.processes import Child, ServerError
 from outbox.errors import OutboxError
 from pgbench_demo.compare import Comparison, compare
 from pgbench_demo.publishing import NAME, Publishing
-from pgbench_demo.service import DATABASE, TABLES, Pgbench
+from pgbench_demo.service import CLIENT_ROWS, CLIENTS, DATABASE, TABLES, Pgbench
 from pgbench_demo.view import Run, View
 from pgbench_demo.watch import Watch
 
@@ -95,6 +95,7 @@ def run(view: View, *, scale: int, seconds: int, clients: int, tamper: bool = Fa
         url = postgres.url(DATABASE)
         service = Pgbench(url, directory)
         service.make_tables(scale)
+        service.make_clients()
         view.step(f"the service: pgbench's own tables, {100_000 * scale:,} accounts")
         kafka.wait_ready()
 
@@ -112,15 +113,16 @@ def run(view: View, *, scale: int, seconds: int, clients: int, tamper: bool = Fa
             _publish_changes(view, watch, publishing, child, clients=clients, seconds=seconds)
             service.check("run", child)
             latency = watch.latency()
+        _publish_what_was_there(view, publishing, kafka.bootstrap)
         publishing.stop_relay()
         publishing.drain()
-        view.step("pgbench has ended; the relay was stopped in order, and what it had left is published")
+        view.step("the relay was stopped in order, and what it had left is published")
 
         if tamper:
             _tamper(kafka.bootstrap)
             view.step("a wrong record was written into a topic")
         view.step("reading the topics from the start and comparing them with the tables")
-        comparisons: list[Comparison] = [compare(url, kafka.bootstrap, table) for table in TABLES]
+        comparisons: list[Comparison] = [compare(url, kafka.bootstrap, table) for table in (*TABLES, CLIENTS)]
         view.result(Run(*service.transactions(), seconds, latency), comparisons)
         return all(one.equal for one in comparisons)
 
@@ -153,6 +155,36 @@ def _publish_changes(
         view.show(f"pgbench, {clients} clients, {passed} of {seconds} s", watch.look(), last=ended)
         if time.monotonic() - began > seconds + 60:
             raise ServerError(f"pgbench does not end: it was to run for {seconds} s.")
+
+
+def _publish_what_was_there(view: View, publishing: Publishing, bootstrap: str) -> None:
+    """A table that is older than the outbox is backfilled; its topic is damaged on purpose, and mended."""
+    view.step(f"pgbench has ended; another table, {CLIENT_ROWS:,} clients, is captured only now")
+    publishing.capture_later(CLIENTS)
+    view.step(f"outbox backfill start client --watch: {publishing.backfill(CLIENTS)}")
+    _damage(bootstrap)
+    view.step("damaged by hand: one record deleted, one made stale, one of rubbish, one of nobody")
+    equal, said = publishing.reconcile(CLIENTS)
+    if equal:
+        raise ServerError("outbox reconcile has not seen the damage.")
+    view.step(f"outbox reconcile client: {_in_a_line(said)}")
+    equal, said = publishing.reconcile(CLIENTS, repair=True)
+    view.step(f"outbox reconcile client --repair: {_in_a_line(said)}")
+    if not equal:
+        raise ServerError("outbox reconcile --repair has not mended the damage.")
+
+
+def _in_a_line(said: str) -> str:
+    return "; ".join(said.splitlines())
+
+
+def _damage(bootstrap: str) -> None:
+    """Write by hand what no relay would."""
+    producer = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random"})
+    for key, value in {"7": None, "8": b'{"cid": 8}', "9": b"\x00rubbish", "nobody": b"{}"}.items():
+        producer.produce(CLIENTS.topic, value, key.encode(), headers=[("outbox-id", b"0")])
+    if producer.flush(30):
+        raise ServerError("Kafka did not take the wrong records.")
 
 
 def _tamper(bootstrap: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
+
 from devstack.postgres import Postgres
 from devstack.processes import Child, ServerError, tail
 
@@ -31,6 +33,10 @@ TABLES: Sequence[Published] = (
 )
 """The fourth table, pgbench_history, has no key: its rows are no entities."""
 
+CLIENTS = Published("client", "cid", "client", "bank.client")
+"""A table of the service that is there, with its rows, long before anybody publishes it; pgbench does not touch it."""
+CLIENT_ROWS = 50_000
+
 
 class Pgbench:
     """pgbench against one database, with its output in `directory`. Raises `ServerError` with what it wrote."""
@@ -48,6 +54,15 @@ class Pgbench:
         finally:
             child.stop()
         self.check("init", child)
+
+    def make_clients(self) -> None:
+        """Make the table of the service's that is published later."""
+        with psycopg.connect(self._url) as connection:
+            connection.execute("CREATE TABLE client (cid int PRIMARY KEY, name text NOT NULL, since int NOT NULL)")
+            connection.execute(
+                "INSERT INTO client SELECT n, 'client ' || n, 2000 + n %% 25 FROM generate_series(1, %s) n",
+                [CLIENT_ROWS],
+            )
 
     def start(self, *, clients: int, seconds: int) -> Child:
         """Start its built-in TPC-B script: each transaction changes one account, one teller and one branch."""

@@ -37,9 +37,14 @@ SELECT pg_current_snapshot()::text,
                         WHERE c.type = coalesce(t.follows, t.name) AND c.source = t.source),
                 t.follows, t.reads_source)), '[]')
             FROM {schema}.entity_types t) END,
-       (SELECT json_agg(json_build_array(r.id, r.kind, r.arguments, r.paused_at IS NOT NULL) ORDER BY r.id) FROM {schema}.requests r
-        WHERE r.cancelled_at IS NULL AND r.kind <> 'app' AND NOT EXISTS (
-            SELECT FROM {schema}.request_outcomes o WHERE o.request = r.id AND o.shard = %(shard)s::smallint))
+       -- Of those that name keys, thousands, one has its turn; the others wait, and come without.
+       (SELECT json_agg(json_build_array(r.id, r.kind, CASE WHEN r.waits THEN '{}' ELSE r.arguments END,
+                                         r.waits OR r.paused_at IS NOT NULL) ORDER BY r.id)
+        FROM (SELECT r.*, r.kind = 'publish' AND row_number() OVER (PARTITION BY r.kind, r.paused_at IS NULL
+                                                                    ORDER BY r.id) > 1 AS waits
+              FROM {schema}.requests r
+              WHERE r.finished_at IS NULL AND r.cancelled_at IS NULL AND r.kind <> 'app' AND NOT EXISTS (
+                  SELECT FROM {schema}.request_outcomes o WHERE o.request = r.id AND o.shard = %(shard)s::smallint)) r)
 FROM {schema}.settings s
 LEFT JOIN LATERAL (
     -- The greatest entry visible in S2 in the whole table: one probe a shard.
@@ -141,6 +146,23 @@ FROM {schema}.entries e
 JOIN unnest(%(types)s::text[], %(keys)s::text[]) AS wanted (type, key) ON e.type = wanted.type AND e.key = wanted.key
 WHERE e.shard = %(shard)s::smallint AND e.id >= %(from_id)s::bigint AND e.id > %(removed_id)s::bigint
 ORDER BY e.type, e.key, e.id DESC
+
+-- name: window
+-- Where the next so many entries end, whatever they are of.
+SELECT count(*), max(id) FROM (
+    SELECT e.id FROM {schema}.entries e WHERE e.shard = %(shard)s::smallint AND e.id > %(after)s::bigint
+    ORDER BY e.id LIMIT %(rows)s) w
+
+-- name: history
+-- The chosen entries of a window of the log, as of the batch's snapshot.
+SELECT e.id, e.type, e.key, e.state, floor(date_part('epoch', e.created_at) * 1000 + 0.0005)::bigint,
+       e.content_type, e.cause, e.headers::text
+FROM {schema}.entries e
+WHERE e.shard = %(shard)s::smallint AND e.id > %(after)s::bigint AND e.id <= %(upto)s::bigint
+  AND e.type = %(type)s::text
+  AND (%(keys)s::text[] IS NULL OR e.key = ANY (%(keys)s::text[]))
+  AND (%(since)s::timestamptz IS NULL OR e.created_at >= %(since)s::timestamptz)
+ORDER BY e.id
 
 -- name: flush_lsn
 -- Up to where the write-ahead log is on the server's disk.

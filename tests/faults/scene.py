@@ -505,6 +505,20 @@ class Scene:
         found.excused = found.torn * int(str(self.settings["batch_rows"]))
         return found
 
+    def reconciled(self) -> None:
+        """What a person does after a loss: each topic is compared with its table and repaired, and equal then."""
+        relays = [self.relay(shard=shard) for shard in range(self.shards)]
+        for type_name in TYPES:
+            source = (
+                "SELECT key, jsonb_build_object('version', version, 'on', changed_on) AS state FROM thing"
+                f" WHERE type = '{type_name}' AND alive AND version > 0"
+            )
+            must(self.env(), "types", "change", type_name, "--source", source)
+            must(self.env(), "reconcile", type_name, "--repair", seconds=120)
+        for relay in relays:
+            relay.send(signal.SIGTERM)
+            assert relay.wait(seconds=15) == 0, relay.log.read_text()[-2000:]
+
     def torn(self) -> int:
         """How often a broker has said that it left the end of a relay's transaction out of the topic of positions.
 

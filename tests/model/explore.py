@@ -82,7 +82,8 @@ class Rules:
             named = asked.retained
             last = {(TYPE, row.key): row for row in database.visible if row.shard == shard and (TYPE, row.key) in named}
             retained = sorted(entry(row) for row in last.values())
-            found = self.page(database, shard, asked.page, Sourced(retained)) if asked.page else Sourced(retained)
+            found = Sourced(retained, looked_for=frozenset(named))
+            found = self.page(database, shard, asked.page, found) if asked.page else found
             batch = replace(batch, requests=requests, found=found)
         return batch
 

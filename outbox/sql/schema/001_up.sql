@@ -56,7 +56,7 @@ CREATE TABLE {schema}.entity_types (
     -- Whether a change is published as what `source` says of the key, instead of the state that was written.
     reads_source   boolean     NOT NULL DEFAULT false,
     created_at     timestamptz NOT NULL DEFAULT now(),
-    CHECK (source IS NOT NULL OR (follows IS NULL AND NOT reads_source))
+    CHECK (source IS NOT NULL OR NOT reads_source)
 )
 --;
 -- Tables whose rows are published by a trigger; op.outbox_capture fills it.
@@ -154,13 +154,18 @@ CREATE INDEX entries_shard_xid ON {schema}.entries (shard, xid, id)
 CREATE TABLE {schema}.requests (
     id           bigint      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
     -- An `app` is none of the relay's: the service's own code does it, and says here how far it is.
-    kind         text        NOT NULL CHECK (kind IN ('retry', 'drop', 'publish', 'backfill', 'app')),
+    kind         text        NOT NULL CHECK (kind IN ('retry', 'drop', 'publish', 'backfill', 'history', 'app')),
     arguments    jsonb       NOT NULL DEFAULT '{{}}',
     requested_at timestamptz NOT NULL DEFAULT now(),
     paused_at    timestamptz,
     cancelled_at timestamptz,
-    progress     jsonb
+    progress     jsonb,
+    -- When the last shard said what became of it.
+    finished_at  timestamptz
 )
+--;
+-- What is open is looked at with every batch, however many there were before.
+CREATE INDEX requests_open ON {schema}.requests (id) WHERE finished_at IS NULL AND cancelled_at IS NULL
 --;
 CREATE TABLE {schema}.request_outcomes (
     request     bigint      NOT NULL REFERENCES {schema}.requests ON DELETE CASCADE,
@@ -179,13 +184,21 @@ CREATE TABLE {schema}.sealed (
     writers text[]   NOT NULL
 )
 --;
--- The relay says what became of a request. Once a shard: saying it again changes nothing.
+-- The relay says what became of a request. Once a shard: saying it again changes nothing. What was over a month ago is
+-- forgotten.
 CREATE FUNCTION {schema}.report(request bigint, shard smallint, outcome jsonb) RETURNS void
     LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
+    -- Two shards that report at once: the second counts the first's.
+    SELECT FROM {schema}.requests r WHERE r.id = report.request FOR UPDATE;
     INSERT INTO {schema}.request_outcomes (request, shard, outcome)
     SELECT r.id, report.shard, report.outcome FROM {schema}.requests r WHERE r.id = report.request
     ON CONFLICT DO NOTHING;
+    UPDATE {schema}.requests r SET finished_at = clock_timestamp()
+    WHERE r.id = report.request AND r.finished_at IS NULL
+      AND (SELECT count(*) FROM {schema}.request_outcomes o WHERE o.request = r.id) >=
+          (SELECT s.shards FROM {schema}.settings s);
+    DELETE FROM {schema}.requests r WHERE r.finished_at < clock_timestamp() - interval '30 days';
 END
 --;
 -- How far the service's own backfill is. The request's row is locked until the transaction ends, in which `told` is
@@ -207,6 +220,7 @@ BEGIN
             SELECT r.id, n, CASE n WHEN 0 THEN told ELSE '{{}}' END
             FROM generate_series(0, (SELECT s.shards FROM {schema}.settings s) - 1) AS n
             ON CONFLICT DO NOTHING;
+            UPDATE {schema}.requests x SET finished_at = clock_timestamp() WHERE x.id = r.id;
         END IF;
     END IF;
     RETURN jsonb_build_object(
