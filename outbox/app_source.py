@@ -1,13 +1,15 @@
 """A backfill by the service's own code, for a state that only that can build.
 
 The relay cannot run it. So it runs in the service's environment, chunk by chunk, each a transaction of its own: the
-rows of a chunk are locked, FOR SHARE, so that whoever changes one waits; then their states are read, in later
-statements, and entries are written like any others. What the writer changes afterwards gets a greater id. FOR KEY SHARE
-would not do: it lets an UPDATE through, whose state could then get a smaller id than the older one.
+rows of a chunk are locked, FOR SHARE, so that whoever changes one waits; then the rows and their states are read, in
+later statements, and entries are written like any others. What the writer changes afterwards gets a greater id. FOR KEY
+SHARE would not do: it lets an UPDATE through, whose state could then get a smaller id than the older one.
 """
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,11 +20,17 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 from sqlalchemy.sql.elements import ColumnElement
 
-from outbox.errors import ConfigError, EntryError, OutboxError
+from outbox.errors import ConfigError, EntryError
 from outbox.key import KeyPart, key_text
+from outbox.state import state_bytes
 from outbox.writer import NewEntry, put_many
 
 CAUSE = "backfill"
+# A row that somebody holds, or a deadlock: the chunk is given up and tried again.
+_HELD = ("55P03", "40P01")
+_LOCK_MS = 200
+_FEW = 256
+_PAUSE_SECONDS = 0.2
 EXAMPLE = "AppSource('customer', sessions=Session, select=select(Customer), state=build)"
 _EXAMPLES = 20
 
@@ -44,7 +52,7 @@ class AppSource:
 
     type: str
     sessions: Callable[[], AbstractContextManager[orm.Session]]
-    select: sa.Select[Any]
+    select: sa.Select[*tuple[Any, ...]]
     state: Callable[[orm.Session, Any], object]
     key: Sequence[Any] | None = None
     cause: str | None = CAUSE
@@ -62,40 +70,45 @@ class AppSource:
         return list(sa.inspect(entity).primary_key)
 
     @property
+    def mapped(self) -> bool:
+        """Whether its rows are objects of the ORM."""
+        return self._entity is not None
+
+    @property
     def _entity(self) -> Any:
         described = self.select.column_descriptions
         entity = described[0].get("entity") if described else None
         # The entity itself, not one of its columns.
         return entity if entity is not None and described[0]["expr"] is entity else None
 
-    def page(self, after: Sequence[str] | None, rows: int) -> sa.Select[Any]:
-        """The statement that locks the next rows and reads them; `after` as `Chunk.after` has it."""
+    def lock(self, after: Sequence[str] | None, rows: int) -> sa.Select[*tuple[Any, ...]]:
+        """The statement that locks the next rows, and gives their keys; `after` as `Chunk.after` has it.
+
+        It gives nothing else: what it has read of other tables, or computed, is as old as its own beginning, however
+        long it has waited for the lock.
+        """
         columns = self.columns()
         entity = self._entity
         lock_of = entity if entity is not None else columns[0].table
-        page = self.select.order_by(None).order_by(*columns).limit(rows).with_for_update(read=True, of=lock_of)
-        if entity is None:
-            page = page.add_columns(*(column.label(f"outbox_key_{n}") for n, column in enumerate(columns)))
+        keys = self.select.with_only_columns(*columns, maintain_column_froms=True).order_by(None).order_by(*columns)
         if after is not None:
             given = [
                 sa.cast(sa.literal(text, sa.Text), column.type) for text, column in zip(after, columns, strict=True)
             ]
-            page = page.where(sa.tuple_(*columns) > sa.tuple_(*given))
+            keys = keys.where(sa.tuple_(*columns) > sa.tuple_(*given))
+        return keys.limit(rows).with_for_update(read=True, of=lock_of)
+
+    def read(self, keys: Sequence[Sequence[Any]]) -> sa.Select[*tuple[Any, ...]]:
+        """The statement that reads the rows of some keys, once they are locked."""
+        columns = self.columns()
+        rows = self.select.order_by(None).where(sa.tuple_(*columns).in_([tuple(key) for key in keys]))
+        rows = rows.add_columns(*(column.label(f"outbox_key_{n}") for n, column in enumerate(columns)))
         # Not what the session may have in its identity map: what is there once the lock is had.
-        return page.execution_options(populate_existing=True)
+        return rows.execution_options(populate_existing=True)
 
     def count(self) -> sa.Select[Any]:
         """How many rows there are now."""
         return sa.select(sa.func.count()).select_from(self.select.order_by(None).subquery())
-
-    def key_of(self, row: sa.Row[Any]) -> tuple[KeyPart, ...]:
-        """The key of a row that `page` gave."""
-        columns = self.columns()
-        entity = self._entity
-        if entity is None:
-            return tuple(row[-len(columns) :])
-        mapper = sa.inspect(entity)
-        return tuple(getattr(row[0], mapper.get_property_by_column(column).key) for column in columns)
 
 
 def _mapped(column: Any) -> bool:
@@ -147,12 +160,22 @@ def run(source: AppSource, number: int, *, schema: str, rows: Callable[[], int])
     """Write the entries of a backfill that was asked for as request `number`; after each chunk how far it is.
 
     What the chunk wrote and how far it is are one transaction: killed, the next run goes on behind it. `rows` is asked
-    how many rows the next chunk may have. Ends when it is done, paused or cancelled.
+    how many rows the next chunk may have; a chunk that comes upon a row which somebody holds gives its own back, and is
+    tried again with fewer. Ends when it is done, paused or cancelled.
     """
+    most = sys.maxsize
     while True:
-        with source.sessions() as session:
-            chunk = _next(source, session, number, schema, rows())
-            session.commit()
+        try:
+            with source.sessions() as session:
+                chunk = _next(source, session, number, schema, min(most, rows()))
+                session.commit()
+        except sa.exc.DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) not in _HELD:
+                raise
+            most = max(1, min(most, _FEW) // 2)
+            time.sleep(_PAUSE_SECONDS)
+            continue
+        most = min(sys.maxsize, most * 2)
         yield chunk
         if chunk.done or chunk.state != "running":
             return
@@ -168,17 +191,18 @@ def _next(source: AppSource, session: orm.Session, number: int, schema: str, row
     so_far = Chunk.read(_progress(session, schema, number))
     if so_far.done or so_far.state != "running":
         return so_far
-    found = session.execute(source.page(so_far.after, rows)).all()
-    keys = [source.key_of(row) for row in found]
-    entries, refused = _entries(source, session, list(zip(keys, (row[0] for row in found), strict=True)))
+    # Whoever waits for one of these rows waits for all that this transaction waits for.
+    session.execute(sa.text(f"SET LOCAL lock_timeout = {_LOCK_MS}"))
+    keys = [tuple(key) for key in session.execute(source.lock(so_far.after, rows))]
+    entries, refused = _entries(source, session, schema, keys)
     put_many(session, source.type, entries, cause=source.cause, schema=schema)
     texts = _texts(session, keys[-1], source.columns()) if keys else so_far.after
     chunk = replace(
         so_far,
-        rows=so_far.rows + len(found),
+        rows=so_far.rows + len(keys),
         refused=so_far.refused + len(refused),
         after=texts,
-        done=len(found) < rows,
+        done=len(keys) < rows,
         examples=[*so_far.examples, *refused][:_EXAMPLES],
     )
     _progress(session, schema, number, chunk.told())
@@ -186,24 +210,44 @@ def _next(source: AppSource, session: orm.Session, number: int, schema: str, row
 
 
 def _entries(
-    source: AppSource, session: orm.Session, rows: Sequence[tuple[tuple[KeyPart, ...], Any]]
+    source: AppSource, session: orm.Session, schema: str, keys: Sequence[tuple[KeyPart, ...]]
 ) -> tuple[list[NewEntry], list[tuple[str, str]]]:
-    """What is written for rows, and the keys and reasons of those that have no state."""
+    """What is written for the rows of some keys, and the keys and reasons of those that have no state."""
+    if not keys:
+        return [], []
+    most = session.execute(
+        sa.text(f"SELECT max_bytes FROM {_quoted(schema)}.entity_types WHERE name = :name"), {"name": source.type}
+    ).scalar_one()
+    width = len(keys[0])
+    result = session.execute(source.read(keys))
+    # A collection that is loaded by a join gives a row of its own for each of its parts.
+    found = result.unique(lambda row: tuple(row[-width:])).all() if source.mapped else result.all()
+    rows = {tuple(row[-width:]): row[0] for row in found}
     entries: list[NewEntry] = []
     refused: list[tuple[str, str]] = []
-    for key, row in rows:
+    for key in keys:
         text = key_text(source.type, key)
         try:
             # Its statements may fail: those of the others must not be lost with them.
             with session.begin_nested():
-                state = source.state(session, row)
-        except OutboxError:
-            raise
+                state = source.state(session, rows[key])
+                written = None if state is None else state_bytes(source.type, text, state)
+        except sa.exc.DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) in _HELD:
+                raise
+            refused.append((text, _reason(error)))
         except Exception as error:  # noqa: BLE001  whatever a service's code raises of one entity is that entity's
-            refused.append((text, f"{error.__class__.__name__}: {error}"[:300]))
-            continue
-        entries.append(NewEntry.tombstone(key) if state is None else NewEntry(key, state))
+            refused.append((text, _reason(error)))
+        else:
+            if written is not None and len(written) > most:
+                refused.append((text, f"its state has {len(written)} bytes, its type allows {most}"))
+            else:
+                entries.append(NewEntry.tombstone(key) if written is None else NewEntry(key, written))
     return entries, refused
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.__class__.__name__}: {error}"[:300]
 
 
 def _texts(session: orm.Session, key: tuple[KeyPart, ...], columns: Sequence[ColumnElement[Any]]) -> list[str]:

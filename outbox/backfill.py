@@ -126,7 +126,9 @@ def start(
     total: int | None = None,
 ) -> int:
     """Ask for a backfill; the request's id. `rate`: rows a second at the most. `total`: shown by whoever watches."""
-    arguments = {"type": entity_type.name, "where": where, "rate": rate, "total": total}
+    # Of which source it is tells whether it has filled a topic as that is now.
+    of = source.digest(entity_type.source)
+    arguments = {"type": entity_type.name, "where": where, "rate": rate, "total": total, "source": of}
     return requests.ask_backfill(connection, schema, arguments, shards=shards)
 
 

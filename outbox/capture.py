@@ -198,7 +198,8 @@ BEGIN
             HINT = {literal(f"Those that are: SELECT table_schema, table_name FROM {s}.captures.")};
     END IF;
     -- What a person wrote stays.
-    UPDATE {s}.entity_types e SET source = NULL WHERE e.name = gone.type AND e.source = gone.source;
+    UPDATE {s}.entity_types e SET source = NULL
+    WHERE e.name = gone.type AND e.source = gone.source AND NOT e.reads_source;
     -- The triggers go with it, whatever their table is called now; a table that is gone took them along.
     EXECUTE format('DROP FUNCTION IF EXISTS {s.replace("%", "%%")}.%I() CASCADE', gone.function_name);
 END

@@ -310,6 +310,10 @@ class OutboxRemoveType:
         """Remove an entity type; its topic stays, and so do its entries (unpublished ones are dead-lettered)."""
         body = f"""
 BEGIN
+    IF EXISTS (SELECT FROM {quote(schema)}.entity_types WHERE follows = {literal(name)}) THEN
+        RAISE EXCEPTION 'outbox: another topic follows the entity type "%"', {literal(name)} USING ERRCODE = 'OB006',
+            HINT = 'End that first: outbox topics retire TOPIC; see outbox types list.';
+    END IF;
     DELETE FROM {quote(schema)}.entity_types WHERE name = {literal(name)};
 {_or_unknown(name)}
 END

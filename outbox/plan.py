@@ -157,6 +157,8 @@ class Plan:
     def _hopeless(self, refused: Sequence[Unpublishable], failures: int) -> str | None:
         """Why a request is not gone on with: its topic, or more dead letters than there may be."""
         for unpublishable in refused:
+            if unpublishable.reason == "unknown-type":
+                return f'the entity type "{unpublishable.entry[1]}" is there no more'
             if unpublishable.reason == "no-topic":
                 topic = unpublishable.topic
                 return f"the topic {topic} is missing, or must not be published to: see outbox topics plan"
@@ -239,8 +241,8 @@ class Plan:
 
     def smallest(self, part: Part) -> bool:
         """Whether a part cannot be halved: it is one message, or what was made of one entry."""
-        first = part.messages[0].entry[0]
-        return len(part.messages) == 1 or 0 < first == part.messages[-1].entry[0]
+        ids = {message.entry[0] for message in part.messages}
+        return len(part.messages) == 1 or (part.end <= self._own and len(ids) == 1)
 
     def done(self, part: Part) -> dict[Entity, int]:
         """A part is committed; the dead letters that there are now."""

@@ -240,16 +240,18 @@ class Reader:
                 batch = Batch(position, head, self._types, entries, self._ended_at(entries))
                 if batch.cut:
                     self._mean_size = _sizes(entries) / len(entries)
-                if wanted is not None:
-                    batch = self._with_live(connection, batch)
                 if wanted is not None and batch.takes_requests:
                     asked = wanted(requests, self._types)
                     retained = self._retained(connection, asked.retained, head)
+                    found = Found()
+                    if asked.page is not None and asked.page.history is not None:
+                        # Before the sources' own settings are in force.
+                        found = self._history(connection, asked.page, asked.page.history, found, head)
                     if self._sources is not None:
-                        found = self._sources.find(connection, asked, self._types, retained)
-                        if asked.page is not None and asked.page.history is not None:
-                            found = self._history(connection, asked.page, asked.page.history, found, head)
-                        batch = replace(batch, requests=requests, found=found)
+                        found = self._sources.find(connection, asked, self._types, retained, found)
+                    batch = replace(batch, requests=requests, found=found)
+                if wanted is not None:
+                    batch = self._with_live(connection, batch)
                 if wanted is not None:
                     with connection.pipeline():
                         flush_cursor = self._commit(connection)
@@ -308,7 +310,8 @@ class Reader:
             return replace(batch, live=live)
         entries = batch.entries[: bisect_right(batch.entries, last_id, key=itemgetter(0))]
         self._mean_size = max(self._mean_size, self._config.batch_bytes / len(entries))
-        return replace(batch, entries=entries, live=live, last_id=last_id)
+        # What is cut takes no requests: they are read for again.
+        return replace(batch, entries=entries, live=live, last_id=last_id, requests=(), found=Found())
 
     def _chunk_rows(self) -> int:
         """How many rows the client may take in at once, whatever is in them."""
@@ -416,9 +419,16 @@ class Reader:
     ) -> Found:
         """The entries of a window of the log that a request has chosen: those that this batch sees, in id order."""
         after = int(page.after[0]) if page.after else max(head.removed_id, (chosen.get("first_id") or 1) - 1)
+        if after < head.removed_id:
+            # Pruning waits for an open history; but for one that was asked for while it looked.
+            error = (
+                f"entries up to {head.removed_id} were pruned meanwhile, and keys may have an older state as the last: "
+                "see outbox reconcile --repair"
+            )
+            return replace(found, errors={**found.errors, page.type: error})
         window = {"shard": self._shard, "after": after, "rows": page.rows}
         row = connection.execute(self._query("window"), window).fetchone()
-        count, end = row or (0, None)
+        there, taken, end = row or (0, 0, None)
         if end is None:
             return replace(found, paged=page, more=False)
         cursor = connection.cursor(binary=True)
@@ -430,11 +440,11 @@ class Reader:
                 "upto": end,
                 "type": chosen["of"],
                 "keys": chosen.get("keys"),
-                "since": chosen.get("since"),
             },
         )
         rows = [Row(Entry(one[0], page.type, *one[2:]), (str(one[0]),)) for one in cursor.fetchall()]
-        return replace(found, page=rows, paged=page, more=count >= page.rows, end=(str(end),))
+        more = there >= page.rows or taken < there
+        return replace(found, page=rows, paged=page, more=more, end=(str(end),), scanned=taken)
 
     # -- durability --------------------------------------------------------------------------------------------
 

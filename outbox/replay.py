@@ -65,6 +65,20 @@ def count(connection: Connection, schema: str, selected: Selected) -> Retained:
     return Retained(*(row or (0, 0, 0)))
 
 
+def first_id(connection: Connection, schema: str, selected: Selected) -> int | None:
+    """The least id that is meant; None: from the first that is retained."""
+    if selected.since is None:
+        return selected.first_id
+    s = quote(schema)
+    with connection.transaction():
+        _may_take_long(connection)
+        row = connection.execute(
+            f"SELECT min(e.id) FROM {s}.entries e, {s}.settings s WHERE {_WHERE}".encode(), _arguments(selected)
+        ).fetchone()
+    # Nothing is: from behind the last.
+    return row[0] if row and row[0] is not None else 2**62
+
+
 def _may_take_long(connection: Connection) -> None:
     # It reads all that is retained: no index serves keys and times.
     connection.execute("SET LOCAL statement_timeout = 0")

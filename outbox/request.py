@@ -91,9 +91,9 @@ class Found:
     """What was read for `Wanted`: entries; of each entity its row, without a state where it is gone; a page.
 
     `source` identifies what the page was read from; `more`: whether it may go on after the page; `end`: where, if
-    that is not after its last row. `errors`: by type, why
-    its source could not be read. `elsewhere`: entities that were wanted and are another shard's. `looked_for`: those
-    that were wanted. `later`: types whose source could not be read now, and may be soon.
+    that is not after its last row, and `scanned`: how many rows it took, if not as many as it has. `errors`: by type,
+    why its source could not be read. `elsewhere`: entities that were wanted and are another shard's. `looked_for`:
+    those that were wanted. `later`: types whose source could not be read now, and may be soon.
     """
 
     retained: Sequence[Entry] = ()
@@ -105,5 +105,6 @@ class Found:
     errors: Mapping[str, str] = field(default_factory=dict)
     elsewhere: AbstractSet[Entity] = frozenset()
     end: Sequence[str] | None = None
+    scanned: int | None = None
     looked_for: AbstractSet[Entity] = frozenset()
     later: AbstractSet[str] = frozenset()

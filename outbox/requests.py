@@ -66,10 +66,11 @@ def ask_backfill(
     with connection.transaction():
         # Two that are asked for at once: the second sees the first.
         connection.execute(f"LOCK TABLE {s}.requests IN SHARE ROW EXCLUSIVE MODE".encode())
-        for other in find(connection, schema, kinds=("backfill", "app")):
+        for other in find(connection, schema, kinds=("backfill", "app", "history")):
             if other.arguments.get("type") == arguments["type"] and other.state(shards) in {"running", "paused"}:
+                what = "replay" if other.kind == "history" else "backfill"
                 raise ConfigError(
-                    f'A backfill of "{arguments["type"]}" goes on already: request {other.id} ({other.state(shards)}).',
+                    f'A {what} of "{arguments["type"]}" goes on already: request {other.id} ({other.state(shards)}).',
                     cure=f"Watch it: outbox backfill watch {other.id}; or end it: outbox backfill cancel {other.id}.",
                 )
         return ask(connection, schema, kind, arguments)
@@ -114,8 +115,8 @@ def find(
 
 
 def backfills(connection: Connection, schema: str, *, number: int | None = None) -> list[Asked]:
-    """The backfills among the requests: by the relay, by named keys, or by the service's own code."""
-    found = find(connection, schema, kinds=("backfill", "publish", "app"), number=number)
+    """The backfills among the requests: by the relay, by named keys, by the service's own code, or of the log."""
+    found = find(connection, schema, kinds=("backfill", "publish", "app", "history"), number=number)
     # What replay and reconcile hand over names keys as well, and no total.
     return [one for one in found if one.kind != "publish" or "total" in one.arguments]
 

@@ -458,7 +458,9 @@ class Shard:
         if paged is None:
             return False
         self._paged = paged.request
-        self._pace.took(paged.request, len(batch.found.page), seconds, self._rate(batch), now)
+        scanned = batch.found.scanned
+        rows = len(batch.found.page) if scanned is None else scanned
+        self._pace.took(paged.request, rows, seconds, self._rate(batch), now)
         return batch.found.more and self._rate(batch) is None
 
     def _commit(self, kafka: Log, part: Part, lsn: str, *, ahead: bool = False) -> tuple[float, float, float]:
@@ -504,7 +506,7 @@ class Shard:
         self._hold.renew()
         if culprits:
             plan.refuse(culprits)
-        elif plan.smallest(part):
+        elif len(part.messages) == 1 or (self._watched and plan.smallest(part)):
             plan.refuse(dict.fromkeys(range(len(part.messages)), str(fault)))
         elif self._watched:
             # It names no record (a batch that is too large as a whole): halve what is sent at once.

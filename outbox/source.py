@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import psycopg
@@ -127,6 +128,11 @@ class Source:
     @property
     def _order(self) -> str:
         return ", ".join(f"s.{quote(column.name)}" for column in self.order)
+
+
+def digest(query: str | None) -> str:
+    """What tells one source from another."""
+    return blake2b((query or "").encode(), digest_size=8).hexdigest()
 
 
 def joined(parts: Sequence[str | None]) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
@@ -33,8 +34,8 @@ _OF_A_MOMENT = ("40", "53", "55P03")
 # Live changes wait meanwhile: a query that takes longer ends its request, one that waits for a lock comes later.
 _MOST_MS = 10_000
 _LOCK_MS = 250
-# The keys of so many entries are looked up at once.
-_LIVE = 1_000
+# The keys of so many entries are looked up at once: few at first, then as many as they are small and quick.
+_LIVE_LEAST, _LIVE = 50, 2_000
 _LIVE_SECONDS = 1.0
 # Of so many rows it is looked at whether the key is made of the columns that it is said to be made of.
 _SAMPLE = 100
@@ -72,14 +73,21 @@ class Sources:
         self._known: dict[str, Source] = {}
 
     def find(
-        self, connection: Connection, wanted: Wanted, types: Mapping[str, EntityType], retained: Sequence[Entry]
+        self,
+        connection: Connection,
+        wanted: Wanted,
+        types: Mapping[str, EntityType],
+        retained: Sequence[Entry],
+        found: Found,
     ) -> Found:
-        """Read what is wanted; `retained` was read already. Raises psycopg's errors of a server that is lost."""
-        errors: dict[str, str] = {}
+        """Read what is wanted; `retained` and `found`, a page of the log, were read already.
+
+        Raises psycopg's errors of a server that is lost.
+        """
+        errors: dict[str, str] = dict(found.errors)
         later: set[str] = set()
         current: list[Row] = []
-        page: Sequence[Row] = ()
-        identity, more = None, False
+        page, identity, more = found.page, found.source, found.more
         elsewhere = self._elsewhere(connection, [*wanted.current, *wanted.retained], types)
         by_type: dict[str, list[str]] = defaultdict(list)
         for name, key in wanted.current:
@@ -104,15 +112,16 @@ class Sources:
             except _UnreadableError as error:
                 errors[name] = str(error)
         looked_for = frozenset((*wanted.current, *wanted.retained))
-        return Found(
-            retained,
-            current,
-            page,
-            identity,
-            wanted.page,
-            more,
-            errors,
-            elsewhere,
+        return replace(
+            found,
+            retained=retained,
+            current=current,
+            page=page,
+            source=identity,
+            paged=wanted.page,
+            more=more,
+            errors=errors,
+            elsewhere=elsewhere,
             looked_for=looked_for,
             later=later,
         )
@@ -135,8 +144,10 @@ class Sources:
         read: dict[Entity, list[Row]] = {}
         last: dict[Entity, Entry] = {}
         size, upto = 0, None
-        for begin in range(0, len(entries), _LIVE):
-            some = entries[begin : begin + _LIVE]
+        begin, at_once = 0, _LIVE_LEAST
+        while begin < len(entries):
+            some = entries[begin : begin + at_once]
+            before, started = size, time.monotonic()
             for entry in some:
                 if entry[1] in reading:
                     last[entry[1], entry[2]] = entry
@@ -156,10 +167,13 @@ class Sources:
                     for key, row in zip(keys, rows, strict=True):
                         read.setdefault((written_as, key), []).append(row)
                         size += len(row.entry.state or b"")
-            too_much = size >= most or time.monotonic() - began > _LIVE_SECONDS
-            if too_much and begin + _LIVE < len(entries):
+            begin += len(some)
+            if (size >= most or time.monotonic() - began > _LIVE_SECONDS) and begin < len(entries):
                 upto = some[-1][0]
                 break
+            # As many as would make a tenth of what a batch may hold, or take a tenth of its time.
+            share = 10 * max((size - before) / most, (time.monotonic() - started) / _LIVE_SECONDS)
+            at_once = max(_LIVE_LEAST, min(_LIVE, round(at_once / max(share, 0.25))))
         # A row of its own for each change: that of a key which changed again is published with the last of them.
         live = [_of_change(row, last[entity]) for entity, rows in read.items() for row in rows]
         return sorted(live, key=lambda row: row.entry.id), upto
@@ -182,7 +196,7 @@ class Sources:
         known = self._known.get(entity_type.source)
         if known is None:
             try:
-                known = self._known[entity_type.source] = look(connection, name, entity_type.source)
+                known = look(connection, name, entity_type.source)
             except ConfigError as error:
                 cause = error.__cause__
                 if isinstance(cause, psycopg.Error) and _passes(cause):
@@ -193,8 +207,8 @@ class Sources:
             for key, *_, at in sample:
                 if joined(at) not in {key, None}:
                     columns = ", ".join(column.name for column in known.order)
-                    del self._known[entity_type.source]
                     raise _UnreadableError(f"its key {key} is not made of {columns}, joined with colons")
+            self._known[entity_type.source] = known
         return known
 
     def _page(

@@ -197,15 +197,15 @@ class Customer(Base):
 class KeyShare(AppSource):
     """A wrong way: the lock lets an update through."""
 
-    def page(self, after: Any, rows: int) -> sa.Select[Any]:
-        return super().page(after, rows).with_for_update(read=True, key_share=True)
+    def lock(self, after: Any, rows: int) -> sa.Select[*tuple[Any, ...]]:
+        return super().lock(after, rows).with_for_update(read=True, key_share=True)
 
 
 class ReadBefore(AppSource):
     """A wrong way: it reads, and then locks."""
 
-    def page(self, after: Any, rows: int) -> sa.Select[Any]:
-        return self.select.order_by(Customer.id).limit(rows)
+    def lock(self, after: Any, rows: int) -> sa.Select[*tuple[Any, ...]]:
+        return sa.select(Customer.id).order_by(Customer.id).limit(rows)
 
 
 @pytest.mark.parametrize(("kind", "blocked"), [(AppSource, True), (KeyShare, False), (ReadBefore, False)])
@@ -240,6 +240,92 @@ def test_a_change_between_the_reading_and_the_entry_waits(owner: Owner, kind: ty
     assert chunks[-1].done
     assert waited == [blocked]
     assert stale(owner) == ([] if blocked else ["2", "2"])
+
+
+class Address(Base):
+    """What belongs to a customer."""
+
+    __tablename__ = "address"
+    customer: orm.Mapped[int] = orm.mapped_column(sa.ForeignKey("customer.id"), primary_key=True)
+    street: orm.Mapped[str]
+
+
+def test_what_is_joined_is_as_new_as_the_lock(owner: Owner) -> None:
+    """The chunk waits for a writer; what its own statement had read of other tables before is not what is written."""
+    owner.sql(
+        "DELETE FROM customer WHERE id > 3",
+        "CREATE TABLE address (customer bigint PRIMARY KEY REFERENCES customer, street text NOT NULL)",
+        "INSERT INTO address SELECT id, 'old' FROM customer",
+    )
+    engine = sa.create_engine(owner.url.replace("postgresql://", "postgresql+psycopg://"))
+    select = sa.select(Address.street, Customer).join(Customer, Customer.id == Address.customer)
+    joined = AppSource(
+        "customer",
+        sessions=orm.sessionmaker(engine),
+        select=select,
+        key=(Customer.id,),
+        state=lambda _session, street: {"street": street},
+    )
+    with psycopg.connect(owner.url, autocommit=True) as connection:
+        number = requests.ask_backfill(connection, "outbox", {"type": "customer"}, shards=1, kind="app")
+    chunks: list[app_source.Chunk] = []
+    run = threading.Thread(
+        target=lambda: chunks.extend(app_source.run(joined, number, schema="outbox", rows=lambda: 100))
+    )
+    with psycopg.connect(owner.url) as writer:
+        writer.execute("UPDATE customer SET version = version + 1 WHERE id = 2")
+        run.start()
+        with psycopg.connect(owner.url, autocommit=True) as look:
+            eventually(
+                lambda: look.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() != (0,),
+                what="the chunk waits",
+            )
+        writer.execute("UPDATE address SET street = 'new' WHERE customer = 2")
+    run.join()
+    engine.dispose()
+    assert chunks[-1].done
+    assert [state for _, key, state in entries(owner) if key == "2"] == [{"street": "new"}]
+
+
+def test_a_row_that_somebody_holds_does_not_hold_the_others_up(owner: Owner) -> None:
+    """The chunk gives its locks back and is tried again, in smaller ones, until the row is free."""
+    with psycopg.connect(owner.url) as holder:
+        holder.execute("UPDATE customer SET version = version + 1 WHERE id = 3000")
+        command = [str(OUTBOX), "backfill", "start", "customer", "--app", "shop:customers"]
+        with subprocess.Popen(command, env=owner.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+            eventually(lambda: _written(owner) >= 2990)
+            with psycopg.connect(owner.url) as other:
+                other.execute("SET lock_timeout = '20s'")
+                other.execute("SELECT change(3001)")
+            holder.rollback()
+            assert run.wait(60) == 0, run.stderr
+    assert stale(owner) == []
+
+
+def test_a_state_that_cannot_be_written_is_its_rows_alone(owner: Owner) -> None:
+    """No number, or too large: named like any that fails."""
+    owner.sql("UPDATE outbox.entity_types SET max_bytes = 1000 WHERE name = 'customer'")
+    (owner.directory / "odd.py").write_text(
+        "from shop import *\n"
+        "def state(session, c):\n"
+        "    return {'x': float('nan') if c.id == 3 else 'y' * (2000 if c.id == 4 else 1)}\n"
+        "few = sa.select(Customer).where(Customer.id < 6)\n"
+        "odd = AppSource('customer', sessions=Session, select=few, state=state)\n"
+    )
+    done = outbox(owner.env, "backfill", "start", "customer", "--app", "odd:odd", "--json")
+    told = orjson.loads(done.stdout)
+    assert (done.returncode, told["rows"], told["refused"]) == (1, 5, 2)
+    assert [one["key"] for one in told["examples"]] == ["3", "4"]
+    assert [key for _, key, _ in entries(owner)] == ["1", "2", "5"]
+
+
+def test_another_source_does_not_go_on_where_one_was_paused(owner: Owner) -> None:
+    """Its rows would be skipped."""
+    with psycopg.connect(owner.url, autocommit=True) as connection:
+        requests.ask_backfill(connection, "outbox", {"type": "customer", "app": "shop:failing"}, shards=1, kind="app")
+    refused = start(owner, "customers")
+    assert (refused.returncode, "by shop:failing, not by shop:customers" in refused.stderr) == (78, True)
+    assert start(owner, "failing").returncode == 1
 
 
 def test_a_row_whose_state_fails_is_named_and_the_others_go_on(owner: Owner) -> None:

@@ -185,7 +185,7 @@ def test_what_was_not_filled_is_not_switched_to(owner: Owner) -> None:
     assert (nothing.returncode, "Nothing carries the changes" in nothing.stderr) == (78, True)
     number = fill(owner, "--source", SHAPE, "--where", "id < 10")["request"]
     running = outbox(owner.env, "topics", "switch", "customer", "--to-topic", version_2(owner), "--yes")
-    assert (running.returncode, f"request {number} (running)" in running.stderr) == (78, True)
+    assert (running.returncode, f"Request {number} (backfill, running)" in running.stderr) == (78, True)
     with owner.relay():
         must(owner.env, "backfill", "watch", str(number))
         partly = outbox(owner.env, "topics", "switch", "customer", "--to-topic", version_2(owner), "--yes")
@@ -208,6 +208,58 @@ def test_what_was_not_filled_is_not_switched_to(owner: Owner) -> None:
     assert [(of["name"], of["topic"], of["follows"]) for of in types] == [("customer", version_2(owner), None)]
 
 
+def test_a_backfill_says_nothing_of_a_follower_that_came_later_or_has_another_source(owner: Owner) -> None:
+    """Retired and begun again, or with another source: it is to be filled anew."""
+    with owner.relay():
+        must(owner.env, "backfill", "watch", str(fill(owner, "--source", SHAPE)["request"]))
+        must(owner.env, "types", "change", version_2(owner), "--source", SHAPE + " WHERE id > 0")
+        other = outbox(owner.env, "topics", "switch", "customer", "--to-topic", version_2(owner), "--yes")
+        assert (other.returncode, "as another source said it" in other.stderr) == (78, True)
+        must(owner.env, "topics", "retire", version_2(owner), "--yes")
+        must(owner.env, "backfill", "watch", str(fill(owner, "--source", SHAPE, "--key", "1")["request"]))
+        anew = outbox(owner.env, "topics", "switch", "customer", "--to-topic", version_2(owner), "--yes")
+        assert (anew.returncode, "has not been filled" in anew.stderr) == (78, True)
+        must(owner.env, "backfill", "watch", str(fill(owner)["request"]))
+        switch(owner)
+        # Kept in step, the old one has everything: back without another backfill.
+        back = ("topics", "switch", "customer", "--to-topic", owner.topic, "--yes", "--json")
+        assert orjson.loads(must(owner.env, *back))["topic"] == owner.topic
+        owner.sql("SELECT change(7)")
+        eventually(lambda: live(owner.kafka, owner.topic).json.get("7") == owner.table()["7"])
+        eventually(lambda: live(owner.kafka, version_2(owner)).json["7"] == shaped(owner)["7"])
+
+
+def test_an_old_topic_without_a_source_is_kept_as_it_was_written(owner: Owner) -> None:
+    """It has no source to repair it by, least of all that of the new shape."""
+    with psycopg.connect(owner.url) as connection:
+        connection.execute("UPDATE outbox.entity_types SET source = NULL")
+    with owner.relay():
+        must(owner.env, "backfill", "watch", str(fill(owner, "--source", SHAPE)["request"]))
+        switch(owner)
+        owner.sql("SELECT change(7)")
+        eventually(lambda: live(owner.kafka, owner.topic).json.get("7") == owner.table()["7"])
+        eventually(lambda: live(owner.kafka, version_2(owner)).json["7"] == shaped(owner)["7"])
+    types = {of["name"]: of for of in orjson.loads(must(owner.env, "types", "list", "--json"))}
+    assert (types[owner.topic]["source"], types[owner.topic]["reads_source"]) == (None, False)
+
+
+def test_a_type_of_which_every_entry_counts_reads_no_source(owner: Owner) -> None:
+    """A source knows the present state alone; and a history is not switched away from."""
+    must(owner.env, "types", "change", "customer", "--no-collapse")
+    refused = outbox(owner.env, "backfill", "start", "customer", "--to-topic", version_2(owner), "--source", SHAPE)
+    assert (refused.returncode, "every entry is published" in refused.stderr) == (78, True)
+    refused = outbox(owner.env, "types", "change", "customer", "--reads-source")
+    assert (refused.returncode, "every entry is published" in refused.stderr) == (78, True)
+    owner.sql("SELECT change(n) FROM generate_series(1, 100) n")
+    with owner.relay():
+        arguments = ("replay", "--type", "customer", "--history", "--to-topic", version_2(owner), "--json")
+        assert orjson.loads(must(owner.env, *arguments))["rows"] == 100
+        of_follower = outbox(owner.env, "replay", "--type", version_2(owner), "--since", "2020-01-01")
+        assert (of_follower.returncode, "has no entries of its own" in of_follower.stderr) == (78, True)
+        assert switch(owner)["reads_source"] is False
+    assert len(records(owner.kafka, version_2(owner))) == 100
+
+
 def test_a_state_that_fails_for_the_new_topic_is_its_dead_letter_alone(owner: Owner) -> None:
     """The old one gets it; the switch waits until it is mended."""
     failing = SHAPE.replace("version)", "100 / (id - 7))")
@@ -220,7 +272,7 @@ def test_a_state_that_fails_for_the_new_topic_is_its_dead_letter_alone(owner: Ow
         eventually(lambda: {"7", "8"} <= set(live(owner.kafka, owner.topic).values))
         eventually(lambda: live(owner.kafka, version_2(owner)).json["8"]["version"] == 100)
         refused = outbox(owner.env, "topics", "switch", "customer", "--to-topic", version_2(owner), "--yes")
-        assert (refused.returncode, "1 entities are not in" in refused.stderr) == (78, True)
+        assert (refused.returncode, "1 entities are not in a topic" in refused.stderr) == (78, True)
         must(owner.env, "types", "change", version_2(owner), "--source", SHAPE)
         retried = must(owner.env, "dead-letters", "retry", "--type", version_2(owner), "--json")
         assert orjson.loads(retried)["retried"] == 1

@@ -404,6 +404,27 @@ def test_what_was_made_of_one_entry_is_not_parted() -> None:
     assert not plan.smallest(followed([entry(50, "a"), entry(51, "b")]).part())
 
 
+def test_a_window_of_a_history_is_not_taken_for_what_was_made_of_one_entry() -> None:
+    """It may begin and end with the same id: the batch's own entry, and that again."""
+    rows = [Row(entry(number, "a", of="event"), (str(number),)) for number in (48, 49, 50)]
+    request = Request(7, "history", {"type": "event", "of": "event"})
+    found = Found(page=rows, paged=Page(7, "event", None, None, 3, history={}), more=True, end=("50",))
+    plan = plan_of(batch_of([entry(50, "a", of="event")], requests=[request], found=found))
+    part = plan.part()
+    assert [m.entry.id for m in part.messages] == [50, 48, 49, 50]
+    assert not plan.smallest(part)
+    assert part.position.requests["7"]["after"] == ["50"]
+
+
+def test_a_window_of_a_history_without_a_chosen_entry_is_gone_past() -> None:
+    """Else it would be looked at for ever."""
+    request = Request(7, "history", {"type": "event", "of": "event"})
+    found = Found(paged=Page(7, "event", None, None, 3, history={}), more=True, end=("50",), scanned=3)
+    plan = plan_of(batch_of([], requests=[request], found=found))
+    assert not plan.empty
+    assert plan.part().position.requests["7"] == {"rows": 0, "refused": 0, "after": ["50"], "source": None}
+
+
 def test_a_type_that_reads_its_source_publishes_nothing_of_what_was_written() -> None:
     """Whoever writes may be older than the shape of its topic."""
     types = {"user": EntityType("user", "users", source="q", reads_source=True)}

@@ -62,6 +62,18 @@ def test_entries_that_were_written_while_the_clock_was_set_back_are_as_young_as_
     }
 
 
+def test_nothing_is_pruned_while_a_history_is_replayed(url: str) -> None:
+    """It publishes older states before newer ones, and must come to these."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        write(connection, slot=1, age="3 days")
+        connection.execute("INSERT INTO outbox.requests (kind) VALUES ('history')")
+    found = prune(url)
+    assert (found[1].pruned, found[1].reason) == (False, "is replayed: request 1")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SELECT outbox.report(1, 0::smallint, '{}')")
+    assert prune(url)[1].pruned
+
+
 def test_an_entry_of_the_future_keeps_only_its_own_slot(url: str) -> None:
     """Somebody's hand, or a clock that was set forward: it says nothing of those after it."""
     with psycopg.connect(url, autocommit=True) as connection:

@@ -71,7 +71,7 @@ def run(settings: Settings, type_name: str, name: str, *, rate: float | None, dr
             else:
                 click.echo(f"{total:,} rows of {type_name} would be written.")
             return
-        going_on = _unfinished(connection, schema, type_name, shards)
+        going_on = _unfinished(connection, schema, type_name, name, shards)
         if going_on is not None:
             number, total = going_on.id, going_on.arguments.get("total", total)
             click.echo(f"Going on with request {number}.", err=True)
@@ -81,10 +81,15 @@ def run(settings: Settings, type_name: str, name: str, *, rate: float | None, dr
     _write(source, number, schema, total, rate=rate, as_json=as_json)
 
 
-def _unfinished(connection: Connection, schema: str, type_name: str, shards: int) -> Asked | None:
+def _unfinished(connection: Connection, schema: str, type_name: str, name: str, shards: int) -> Asked | None:
     """The backfill that an earlier run did not end; one that was paused goes on now."""
     for one in requests.find(connection, schema, kinds=("app",)):
         if one.arguments.get("type") == type_name and one.state(shards) in {"running", "paused"}:
+            if one.arguments.get("app") != name:
+                raise ConfigError(
+                    f"Request {one.id} of {type_name} goes on, by {one.arguments.get('app')}, not by {name}.",
+                    cure=f"End it first: --app {one.arguments.get('app')}, or outbox backfill cancel {one.id}.",
+                )
             requests.set_state(connection, schema, one.id, paused=False)
             return one
     return None

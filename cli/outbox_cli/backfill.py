@@ -14,7 +14,7 @@ from outbox.backfill import Progress
 from outbox.config import Config
 from outbox.database import Connection
 from outbox.entity_type import EntityType
-from outbox.errors import ConfigError
+from outbox.errors import ConfigError, NoRelayError
 from outbox.requests import Asked
 from outbox.schema import quote
 from outbox_cli.settings import (
@@ -258,6 +258,11 @@ def _change(settings: Settings, number: int, *, paused: bool | None) -> None:
         config = settings.config
         _, shards = outbox_row(connection, config.schema)
         asked = _find(connection, config, number)
+        if paused is None and asked.kind == "history":
+            raise ConfigError(
+                f"{number} publishes a history: ended half way, keys would have an older state as the last.",
+                cure=f"Let it wait (outbox backfill pause {number}), or retire its topic (outbox topics retire).",
+            )
         if asked.state(shards) in {"done", "cancelled"}:
             raise ConfigError(f"Backfill {number} is {asked.state(shards)}.", cure="See them: outbox backfill list.")
         requests.set_state(connection, config.schema, number, paused=paused)
@@ -303,11 +308,24 @@ def watch(settings: Settings, number: int, as_json: bool) -> None:
         _watch(config, connection, name, shards, number, as_json)
 
 
-def _watch(config: Config, connection: Connection, name: str, shards: int, number: int, as_json: bool) -> None:
+def watched(
+    config: Config,
+    connection: Connection,
+    name: str,
+    shards: int,
+    number: int,
+    *,
+    patience: float | None = None,
+) -> Progress:
+    """Show a bar until a request is done; how far it is then.
+
+    Raises `NoRelayError` when nothing has happened for `patience` seconds (None: it waits for ever).
+    """
     asked = _find(connection, config, number)
     total = asked.arguments.get("total")
     if not status.running(connection, name):
         click.echo(f"No relay of {name} runs: it begins when one does (outbox relay).", err=True)
+    moved_at, seen = time.monotonic(), -1
     # On a terminal a bar; elsewhere, and for scripts, the end alone.
     with click.progressbar(
         length=total or 0, label=f"{asked.arguments['type']} (request {number})", show_pos=True, file=sys.stderr
@@ -320,8 +338,20 @@ def _watch(config: Config, connection: Connection, name: str, shards: int, numbe
             bar.update(done.rows - bar.pos)
             # Not by the position: another may be asked for once the control table has been told.
             if asked.state(shards) not in {"running", "paused"}:
-                break
+                return done
+            if done.rows != seen:
+                moved_at, seen = time.monotonic(), done.rows
+            if patience is not None and time.monotonic() - moved_at > patience:
+                raise NoRelayError(
+                    f"Request {number} has published nothing for {patience:g} s.",
+                    cure=f"It goes on when a relay does: outbox backfill watch {number}. See outbox status.",
+                )
             time.sleep(_LOOK_SECONDS)
+
+
+def _watch(config: Config, connection: Connection, name: str, shards: int, number: int, as_json: bool) -> None:
+    done = watched(config, connection, name, shards, number)
+    asked = _find(connection, config, number)
     if as_json:
         print_json(_as_json(asked, done, shards))
     elif done.error is not None:

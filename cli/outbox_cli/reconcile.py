@@ -121,7 +121,7 @@ def _show(report: Report, *, as_json: bool, sampled: bool) -> None:
     from outbox.sample import CONFIDENCE, at_most
 
     counts = {kind: getattr(report, kind) for kind in ("equal", *KINDS, "moving")}
-    most = at_most(report.different + report.moving, report.keys)
+    most = at_most(report.different + report.moving, report.keys) if sampled else 1.0
     if as_json:
         said = {"sample": {"keys": report.keys, "different_at_most": most, "confidence": CONFIDENCE}} if sampled else {}
         print_json({**counts, "examples": report.examples, **said})

@@ -15,6 +15,7 @@ from outbox import follower, replay, requests
 from outbox.database import Connection
 from outbox.entity_type import EntityType
 from outbox.errors import ConfigError
+from outbox_cli.backfill import begin_to_follow, follower_of, watched
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Seconds,
@@ -104,6 +105,11 @@ def command(
         schema = settings.config.schema
         _, shards = outbox_row(connection, schema)
         entity_type = target = find_type(connection, schema, type_name)
+        if entity_type.follows is not None:
+            raise ConfigError(
+                f"{type_name} has no entries of its own: it follows {entity_type.follows}.",
+                cure=f"outbox replay --type {entity_type.follows} --to-topic {entity_type.topic} ...",
+            )
         if history:
             _check_history(entity_type, to_topic, until, last)
         elif to_topic is not None:
@@ -175,31 +181,26 @@ def _history(
     name, shards = outbox_row(connection, config.schema)
     target = entity_type
     if to_topic is not None:
-        from outbox_cli.backfill import begin_to_follow, follower_of
-
         target = follower_of(connection, config.schema, entity_type, to_topic, None)
-        if target.reads_source:
-            raise ConfigError(
-                f"The topic {to_topic} gets what its source says, which knows no history.",
-                cure=f"Replay without --history, or: outbox backfill start {entity_type.name} --to-topic {to_topic}.",
-            )
+    if target.reads_source:
+        raise ConfigError(
+            f"The topic {target.topic} gets what its source says, which knows no history.",
+            cure="Replay without --history, or see outbox backfill start.",
+        )
+    if to_topic is not None:
         begin_to_follow(config, connection, name, shards, entity_type, target)
     arguments = {
         "type": target.name,
         "of": target.written_as,
         "keys": list(selected.keys) if selected.keys is not None else None,
-        "since": selected.since.isoformat() if selected.since is not None else None,
-        "first_id": selected.first_id,
+        # By id from there on: times need not follow ids, and a later entry must not be left out behind an earlier one.
+        "first_id": replay.first_id(connection, config.schema, selected),
     }
-    number = requests.ask(connection, config.schema, "history", arguments)
-    done: Counter[str] = Counter()
-    for outcome in requests.wait_for(connection, config.schema, number, shards, seconds=timeout).values():
-        if "error" in outcome:
-            raise ConfigError(
-                f"Request {number} could not be done: {outcome['error']}.", cure="See outbox topics plan."
-            )
-        done.update({word: outcome[word] for word in ("rows", "refused")})
-    return done
+    number = requests.ask_backfill(connection, config.schema, arguments, shards=shards, kind="history")
+    done = watched(config, connection, name, shards, number, patience=timeout)
+    if done.error is not None:
+        raise ConfigError(f"Request {number} could not be done: {done.error}.", cure="See outbox topics plan.")
+    return {"rows": done.rows, "refused": done.refused}
 
 
 def _ask(

@@ -123,11 +123,12 @@ def switch(settings: Settings, type_name: str, to_topic: str, keep: bool, yes: b
     with settings.connect() as connection:
         name, shards = outbox_row(connection, config.schema)
         new = follower.of_topic(connection, config.schema, type_name, to_topic)
-        letters = [x.key for x, _ in read_dead_letters(config, name) if new is not None and x.type == new.name]
+        letters = [x for x, _ in read_dead_letters(config, name) if new is not None and x.type in {new.name, type_name}]
         if letters:
+            of = letters[0].type
             raise ConfigError(
-                f'{len(letters)} entities are not in {to_topic} (dead letters), as "{letters[0]}".',
-                cure=f"Mend the source and retry them: outbox dead-letters retry --type {to_topic}; or drop them.",
+                f'{len(letters)} entities are not in a topic (dead letters), as "{letters[0].key}" of {of}.',
+                cure=f"Mend the cause and retry them: outbox dead-letters retry --type {of}; or drop them.",
             )
         confirm(f"Publish {type_name} to {to_topic}? The old topic {ends}.", yes=yes)
         now = follower.switch(connection, config.schema, type_name, to_topic, shards=shards, keep=keep)

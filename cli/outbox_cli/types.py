@@ -169,6 +169,11 @@ def change(
         raise click.UsageError("Say what is to change: see outbox types change --help.")
     with settings.connect() as connection:
         _check_source(connection, type_name, source)
+        if reads_source and not find_type(connection, settings.config.schema, type_name).collapse:
+            raise ConfigError(
+                f"Of {type_name} every entry is published, and a source knows the present state alone.",
+                cure="Leave --reads-source out.",
+            )
         if reads_source and source is None and find_type(connection, settings.config.schema, type_name).source is None:
             raise ConfigError(f'The entity type "{type_name}" has no source.', cure="Name it: --source.")
         if topic is not None:

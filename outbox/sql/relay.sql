@@ -148,10 +148,13 @@ WHERE e.shard = %(shard)s::smallint AND e.id >= %(from_id)s::bigint AND e.id > %
 ORDER BY e.type, e.key, e.id DESC
 
 -- name: window
--- Where the next so many entries end, whatever they are of.
-SELECT count(*), max(id) FROM (
-    SELECT e.id FROM {schema}.entries e WHERE e.shard = %(shard)s::smallint AND e.id > %(after)s::bigint
-    ORDER BY e.id LIMIT %(rows)s) w
+-- The next so many entries, whatever they are of: how many there are, how many of them a batch may hold by their bytes, and
+-- where those end.
+SELECT count(*), count(*) FILTER (WHERE before < {batch_bytes}), max(id) FILTER (WHERE before < {batch_bytes})
+FROM (SELECT id, sum(size) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - size AS before
+      FROM (SELECT e.id, 256 + length(e.key) + coalesce(octet_length(e.state), 0) + coalesce(length(e.headers::text), 0) AS size
+            FROM {schema}.entries e WHERE e.shard = %(shard)s::smallint AND e.id > %(after)s::bigint
+            ORDER BY e.id LIMIT %(rows)s) w) w
 
 -- name: history
 -- The chosen entries of a window of the log, as of the batch's snapshot.
@@ -161,7 +164,6 @@ FROM {schema}.entries e
 WHERE e.shard = %(shard)s::smallint AND e.id > %(after)s::bigint AND e.id <= %(upto)s::bigint
   AND e.type = %(type)s::text
   AND (%(keys)s::text[] IS NULL OR e.key = ANY (%(keys)s::text[]))
-  AND (%(since)s::timestamptz IS NULL OR e.created_at >= %(since)s::timestamptz)
 ORDER BY e.id
 
 -- name: flush_lsn

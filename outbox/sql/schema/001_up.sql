@@ -55,6 +55,8 @@ CREATE TABLE {schema}.entity_types (
     follows        text        REFERENCES {schema}.entity_types CHECK (follows <> name),
     -- Whether a change is published as what `source` says of the key, instead of the state that was written.
     reads_source   boolean     NOT NULL DEFAULT false,
+    -- Of a follower: whether its topic has had all that there is since before it followed.
+    complete       boolean     NOT NULL DEFAULT false,
     created_at     timestamptz NOT NULL DEFAULT now(),
     CHECK (source IS NOT NULL OR NOT reads_source)
 )
@@ -198,7 +200,8 @@ BEGIN ATOMIC
     WHERE r.id = report.request AND r.finished_at IS NULL
       AND (SELECT count(*) FROM {schema}.request_outcomes o WHERE o.request = r.id) >=
           (SELECT s.shards FROM {schema}.settings s);
-    DELETE FROM {schema}.requests r WHERE r.finished_at < clock_timestamp() - interval '30 days';
+    DELETE FROM {schema}.requests r
+    WHERE coalesce(r.finished_at, r.cancelled_at) < clock_timestamp() - interval '30 days';
 END
 --;
 -- How far the service's own backfill is. The request's row is locked until the transaction ends, in which `told` is
@@ -506,6 +509,12 @@ BEGIN
             RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', kept);
         END IF;
     END LOOP;
+    -- It publishes older states before newer ones: what it has not come to must not go away.
+    SELECT format('is replayed: request %s', min(r.id)) INTO kept FROM {schema}.requests r
+    WHERE r.kind = 'history' AND r.finished_at IS NULL AND r.cancelled_at IS NULL HAVING count(*) > 0;
+    IF kept IS NOT NULL THEN
+        RETURN jsonb_build_object('pruned', false, 'entries', 0, 'reason', kept);
+    END IF;
     writers := ARRAY(
         SELECT DISTINCT l.virtualtransaction FROM pg_locks l
         WHERE l.relation = whole AND l.mode = 'RowExclusiveLock' AND l.granted
