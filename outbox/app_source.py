@@ -23,7 +23,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from outbox.errors import ConfigError, EntryError
 from outbox.key import KeyPart, key_text
 from outbox.state import state_bytes
-from outbox.writer import NewEntry, put_many
+from outbox.writer import NewEntry, put_many, quoted_in_text
 
 CAUSE = "backfill"
 # A row that somebody holds, or a deadlock: the chunk is given up and tried again.
@@ -216,7 +216,8 @@ def _entries(
     if not keys:
         return [], []
     most = session.execute(
-        sa.text(f"SELECT max_bytes FROM {_quoted(schema)}.entity_types WHERE name = :name"), {"name": source.type}
+        sa.text(f"SELECT max_bytes FROM {quoted_in_text(schema)}.entity_types WHERE name = :name"),
+        {"name": source.type},
     ).scalar_one()
     width = len(keys[0])
     result = session.execute(source.read(keys))
@@ -260,14 +261,10 @@ def _progress(
     session: orm.Session, schema: str, number: int, told: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
     """What the control table says of the request, which is locked from here on; or tell it."""
-    function = sa.text(f"SELECT {_quoted(schema)}.app_progress(:number, CAST(:told AS jsonb))")
+    function = sa.text(f"SELECT {quoted_in_text(schema)}.app_progress(:number, CAST(:told AS jsonb))")
     given = {"number": number, "told": None if told is None else orjson.dumps(told).decode()}
     found = session.execute(function, given).scalar_one()
     if found is None:
         raise EntryError(f"The request {number} is gone.", cure="Start it again: outbox backfill start ... --app ...")
     said: Mapping[str, Any] = found if isinstance(found, Mapping) else orjson.loads(found)
     return said
-
-
-def _quoted(schema: str) -> str:
-    return '"' + schema.replace('"', '""').replace(":", r"\:") + '"'

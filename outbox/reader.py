@@ -240,25 +240,27 @@ class Reader:
                 batch = Batch(position, head, self._types, entries, self._ended_at(entries))
                 if batch.cut:
                     self._mean_size = _sizes(entries) / len(entries)
-                if wanted is not None and batch.takes_requests:
-                    asked = wanted(requests, self._types)
-                    retained = self._retained(connection, asked.retained, head)
-                    found = Found()
-                    if asked.page is not None and asked.page.history is not None:
-                        # Before the sources' own settings are in force.
-                        found = self._history(connection, asked.page, asked.page.history, found, head)
-                    if self._sources is not None:
-                        found = self._sources.find(connection, asked, self._types, retained, found)
-                    batch = replace(batch, requests=requests, found=found)
                 if wanted is not None:
+                    if batch.takes_requests:
+                        found = self._found(connection, wanted(requests, self._types), head)
+                        batch = replace(batch, requests=requests, found=found)
                     batch = self._with_live(connection, batch)
-                if wanted is not None:
                     with connection.pipeline():
                         flush_cursor = self._commit(connection)
                 self._take_flushed(flush_cursor)
             finally:
                 _end(connection)
         return batch, requests
+
+    def _found(self, connection: Connection, asked: Wanted, head: Head) -> Found:
+        """What requests want, within the batch's transaction: of the log first, before the sources' settings hold."""
+        retained = self._retained(connection, asked.retained, head)
+        found = Found()
+        if asked.page is not None and asked.page.history is not None:
+            found = self._history(connection, asked.page, asked.page.history, found, head)
+        if self._sources is not None:
+            found = self._sources.find(connection, asked, self._types, retained, found)
+        return found
 
     def _stream(self, position: Position, cut: Cut) -> Batch:
         """The next batch of a backlog: read row by row, while the server goes on, up to the limit in bytes."""

@@ -381,6 +381,11 @@ def quoted(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
+def quoted_in_text(identifier: str) -> str:
+    """The same within what SQLAlchemy's text() is given, which takes a colon before a word for a parameter."""
+    return re.sub(r":(?=\w)", r"\\:", quoted(identifier))
+
+
 # -- the edges -------------------------------------------------------------------------------------------------------
 
 # By what stands for a database: a psycopg connection, or the dialect of an engine (engines that differ in their
@@ -519,7 +524,7 @@ def _sqlalchemy_text(query: str, schema: str) -> sa.TextClause:
     import sqlalchemy as sa
 
     text = re.sub(r"%\((\w+)\)s", r":\1", load("writer")[query])
-    return sa.text(text.replace("{schema}", re.sub(r":(?=\w)", r"\\:", quoted(schema))))
+    return sa.text(text.replace("{schema}", quoted_in_text(schema)))
 
 
 @contextmanager

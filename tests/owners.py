@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,3 +69,33 @@ class Owner:
         """What the topic must hold."""
         with psycopg.connect(self.url) as connection:
             return dict(connection.execute("SELECT id::text, to_jsonb(c) FROM customer c").fetchall())
+
+
+@contextmanager
+def writing(
+    url: str, count: int, change: Callable[[psycopg.Connection, random.Random], None], *, pause: float = 0.0
+) -> Iterator[None]:
+    """So many writers at once, each with a connection and a choice of its own, until the block ends; none may fail."""
+    stop = threading.Event()
+    failed: list[Exception] = []
+
+    def write(seed: int) -> None:
+        draw = random.Random(seed)
+        try:
+            with psycopg.connect(url, autocommit=True) as connection:
+                while not stop.is_set():
+                    change(connection, draw)
+                    stop.wait(pause)
+        except psycopg.Error as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(count)]
+    for one in writers:
+        one.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for one in writers:
+            one.join()
+    assert failed == []

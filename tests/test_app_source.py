@@ -22,7 +22,7 @@ from consume import live
 from devstack.kafka import Kafka
 from outbox import app_source, requests
 from outbox.app_source import AppSource
-from owners import Owner
+from owners import Owner, writing
 from relays import OUTBOX, environment, eventually, must, outbox
 
 pytestmark = pytest.mark.postgres
@@ -137,33 +137,17 @@ def test_under_writers_and_killed_it_is_exact(
     owner.kafka = kafka
     owner.sql(f"UPDATE outbox.entity_types SET topic = '{owner.topic}' WHERE name = 'customer'")
     must(owner.env, "topics", "apply", "--yes")
-    stop = threading.Event()
-    failed: list[Exception] = []
 
-    def write(seed: int) -> None:
-        draw = random.Random(seed)
-        try:
-            with psycopg.connect(owner.url, autocommit=True) as connection:
-                while not stop.is_set():
-                    connection.execute("SELECT change(%s)", [draw.choice((draw.randint(1, 40), draw.randint(1, ROWS)))])
-        except psycopg.Error as error:
-            failed.append(error)
+    def change(connection: psycopg.Connection, draw: random.Random) -> None:
+        connection.execute("SELECT change(%s)", [draw.choice((draw.randint(1, 40), draw.randint(1, ROWS)))])
 
-    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(8)]
-    for one in writers:
-        one.start()
     command = [str(OUTBOX), "backfill", "start", "customer", "--app", "shop:customers", "--rate", "2000"]
-    try:
+    with writing(owner.url, 8, change):
         for killed in range(4):
             with subprocess.Popen(command, env=owner.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
                 eventually(partial(_more_than, owner, killed * 500), seconds=120)
                 run.kill()
         done = orjson.loads(must(owner.env, *command[1:], "--json"))
-    finally:
-        stop.set()
-        for one in writers:
-            one.join()
-    assert failed == []
     assert (done["request"], done["rows"], done["state"]) == (1, ROWS, "done")
     assert _written(owner) == ROWS
     assert stale(owner) == []

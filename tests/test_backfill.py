@@ -25,7 +25,7 @@ from outbox.relay import Relay
 from outbox.request import Found
 from outbox.sourced import Sources
 from outbox.wake import Wake
-from owners import SOURCE, Owner
+from owners import SOURCE, Owner, writing
 from relays import RelayProcess, environment, eventually, must, outbox
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
@@ -342,30 +342,19 @@ def test_a_backfill_under_writers_with_the_relay_killed_is_exact(owner: Owner) -
                SELECT outbox.put('customer', one::text, to_jsonb(c)) FROM customer c WHERE id = one $$""",
     )
     owner.add_type()
-    stop = threading.Event()
 
-    def write(seed: int) -> None:
-        draw = random.Random(seed)
-        with psycopg.connect(owner.url, autocommit=True) as connection:
-            while not stop.is_set():
-                connection.execute("SELECT change(%s)", [draw.choice((draw.randint(1, 200), draw.randint(1, 60_000)))])
+    def change(connection: psycopg.Connection, draw: random.Random) -> None:
+        connection.execute("SELECT change(%s)", [draw.choice((draw.randint(1, 200), draw.randint(1, 60_000)))])
 
-    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(8)]
     number = owner.ask()
     with RelayProcess(owner.env, owner.directory / "relay.log") as relay:
-        for one in writers:
-            one.start()
-        try:
+        with writing(owner.url, 8, change):
             for killed in range(10):
                 # At a place that differs from kill to kill.
                 eventually(partial(_has, owner, killed * 5_000), seconds=120)
                 relay.kill()
                 relay.start()
             assert owner.outcome(number, seconds=300) == {"rows": 60_000, "refused": 0}
-        finally:
-            stop.set()
-            for one in writers:
-                one.join()
         assert relay.stop() == 0
     must(owner.env, "relay", "--until-caught-up")
     assert wrong_in(records(owner.kafka, owner.topic)) == []

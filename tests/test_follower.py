@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from outbox.entity_types import read_types
 from outbox.position import start
 from outbox.reader import Reader
 from outbox.request import Row
-from owners import Owner
+from owners import Owner, writing
 from relays import RelayProcess, environment, eventually, must, outbox
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
@@ -75,32 +74,14 @@ def shaped(owner: Owner) -> dict[str, Any]:
         return dict(connection.execute(f"SELECT key, state FROM ({SHAPE}) s".encode()).fetchall())
 
 
-@contextmanager
-def writers(owner: Owner, count: int) -> Iterator[None]:
-    """Changes, removals, and new rows under the same keys, until the block ends."""
-    stop = threading.Event()
-    failed: list[Exception] = []
+def writers(owner: Owner, count: int) -> AbstractContextManager[None]:
+    """Changes and removals, of hot rows and cold ones, until the block ends."""
 
-    def write(seed: int) -> None:
-        draw = random.Random(seed)
-        try:
-            with psycopg.connect(owner.url, autocommit=True) as connection:
-                while not stop.is_set():
-                    one = draw.choice((draw.randint(1, 50), draw.randint(1, ROWS)))
-                    connection.execute("SELECT change(%s)" if draw.random() < 0.95 else "SELECT remove(%s)", [one])
-        except psycopg.Error as error:
-            failed.append(error)
+    def change(connection: psycopg.Connection, draw: random.Random) -> None:
+        one = draw.choice((draw.randint(1, 50), draw.randint(1, ROWS)))
+        connection.execute("SELECT change(%s)" if draw.random() < 0.95 else "SELECT remove(%s)", [one])
 
-    threads = [threading.Thread(target=write, args=(seed,)) for seed in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert failed == []
+    return writing(owner.url, count, change)
 
 
 def older_after_newer(owner: Owner, topic: str) -> list[bytes | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from confluent_kafka import Producer
 from consume import live, records
 from devstack.kafka import Kafka
 from outbox.canonical import json_digest
-from owners import Owner
+from owners import Owner, writing
 from relays import RelayProcess, environment, eventually, must, outbox
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
@@ -147,30 +147,17 @@ def test_a_sample_of_a_topic_that_is_wrong_says_so(owner: Owner) -> None:
 
 def test_under_writers_no_false_difference_is_reported(owner: Owner) -> None:
     """Hot keys among them: what never holds still is told as that, and what is on its way is looked at again."""
-    stop = threading.Event()
 
-    def write(seed: int) -> None:
-        with psycopg.connect(owner.url, autocommit=True) as connection:
-            number = seed
-            while not stop.is_set():
-                number = (number * 48271) % 2147483647
-                connection.execute("SELECT change(%s)", [1 + number % (20 if number % 2 else 3000)])
-                # Each reconcile reads the whole topic: it must not grow without end.
-                stop.wait(0.02)
+    def change(connection: psycopg.Connection, draw: random.Random) -> None:
+        connection.execute("SELECT change(%s)", [draw.choice((draw.randint(1, 20), draw.randint(1, 3000)))])
 
-    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(1, 5)]
-    for one in writers:
-        one.start()
-    try:
+    # Each reconcile reads the whole topic: it must not grow without end.
+    with writing(owner.url, 4, change, pause=0.02):
         for _ in range(20):
             code, found = reconcile(owner)
             assert not any(found[kind] for kind in ("missing", "stale", "orphaned", "undecodable")), found
             assert (code == 0) == (not found["moving"])
             assert found["moving"] <= 100
-    finally:
-        stop.set()
-        for one in writers:
-            one.join()
     eventually(lambda: reconcile(owner)[0] == 0)
 
 

@@ -75,33 +75,12 @@ def start(
     as_json: bool,
 ) -> None:
     """Ask the relay for a backfill; it publishes page by page, beside the live changes."""
-    if app is not None and (keys or where is not None or to_topic is not None):
-        raise click.UsageError("--app goes without --where, --key and --to-topic: its own select chooses.")
-    if keys and (where is not None or rate is not None):
-        raise click.UsageError("--key goes without --where and --rate.")
-    if source is not None and to_topic is None:
-        raise click.UsageError("--source goes with --to-topic; a type's own: outbox types change TYPE --source ...")
+    _check_options(keys, where, rate, to_topic, source, app)
     if app is not None:
         from outbox_cli.app import run
 
         run(settings, type_name, app, rate=rate, dry_run=dry_run, as_json=as_json)
         return
-    _start(settings, type_name, where, keys, rate, to_topic, source, dry_run=dry_run, watch=watch, as_json=as_json)
-
-
-def _start(
-    settings: Settings,
-    type_name: str,
-    where: str | None,
-    keys: tuple[str, ...],
-    rate: float | None,
-    to_topic: str | None,
-    source: str | None,
-    *,
-    dry_run: bool,
-    watch: bool,
-    as_json: bool,
-) -> None:
     with settings.connect() as connection:
         config = settings.needs_kafka() if watch or to_topic is not None else settings.config
         name, shards = outbox_row(connection, config.schema)
@@ -135,6 +114,22 @@ def _start(
                 click.echo(f"request {number}: {total:,} rows. See: outbox backfill watch {number}")
             return
         _watch(config, connection, name, shards, number, as_json)
+
+
+def _check_options(
+    keys: tuple[str, ...],
+    where: str | None,
+    rate: float | None,
+    to_topic: str | None,
+    source: str | None,
+    app: str | None,
+) -> None:
+    if app is not None and (keys or where is not None or to_topic is not None):
+        raise click.UsageError("--app goes without --where, --key and --to-topic: its own select chooses.")
+    if keys and (where is not None or rate is not None):
+        raise click.UsageError("--key goes without --where and --rate.")
+    if source is not None and to_topic is None:
+        raise click.UsageError("--source goes with --to-topic; a type's own: outbox types change TYPE --source ...")
 
 
 def follower_of(

@@ -10,6 +10,7 @@ import orjson
 from psycopg.types.json import Jsonb
 
 from outbox.database import Connection
+from outbox.entity_type import EntityType
 from outbox.errors import ConfigError, UnknownTypeError
 from outbox.schema import quote
 from outbox.topic import check_settings, dead_letters_topic, positions_topic
@@ -169,13 +170,8 @@ def change(
         raise click.UsageError("Say what is to change: see outbox types change --help.")
     with settings.connect() as connection:
         _check_source(connection, type_name, source)
-        if reads_source and not find_type(connection, settings.config.schema, type_name).collapse:
-            raise ConfigError(
-                f"Of {type_name} every entry is published, and a source knows the present state alone.",
-                cure="Leave --reads-source out.",
-            )
-        if reads_source and source is None and find_type(connection, settings.config.schema, type_name).source is None:
-            raise ConfigError(f'The entity type "{type_name}" has no source.', cure="Name it: --source.")
+        if reads_source:
+            _check_reads(find_type(connection, settings.config.schema, type_name), source)
         if topic is not None:
             check_topic(connection, quote(settings.config.schema), type_name, topic)
         row = connection.execute(
@@ -231,6 +227,17 @@ def remove(settings: Settings, type_name: str, yes: bool, as_json: bool) -> None
         print_json({"removed": type_name, "topic": row[0]})
     else:
         click.echo(f"Removed {type_name}; its topic {row[0]} is left as it is.")
+
+
+def _check_reads(entity_type: EntityType, source: str | None) -> None:
+    """Refuse to read the source of a type that has none and gets none, or whose every entry counts."""
+    if not entity_type.collapse:
+        raise ConfigError(
+            f"Of {entity_type.name} every entry is published, and a source knows the present state alone.",
+            cure="Leave --reads-source out.",
+        )
+    if source is None and entity_type.source is None:
+        raise ConfigError(f'The entity type "{entity_type.name}" has no source.', cure="Name it: --source.")
 
 
 def check_topic(connection: Connection, schema: str, name: str, topic: str) -> None:
