@@ -65,12 +65,14 @@ class RelayProcess:
     log: Path
     arguments: Sequence[str] = ()
     process: subprocess.Popen[bytes] = field(init=False)
+    _starts: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.start()
 
     def start(self) -> None:
         """Start it (again); the log goes on."""
+        self._starts = self._said_to_have_started()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [str(OUTBOX), "relay", *self.arguments], env=dict(self.env), stdout=log, stderr=log
@@ -92,8 +94,13 @@ class RelayProcess:
 
     def stop(self, *, seconds: float = 30) -> int:
         """End it in order; the exit code."""
+        # Until it says so, Python is still importing, and the signal just ends it.
+        eventually(lambda: self.process.poll() is not None or self._said_to_have_started() > self._starts)
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
+
+    def _said_to_have_started(self) -> int:
+        return self.log.read_text().count('"relay.started"') if self.log.exists() else 0
 
     @property
     def events(self) -> list[dict[str, Any]]:
