@@ -27,18 +27,38 @@ of the servers idle, are out of reach by as much as that server takes.
 """
 
 
+# What is to be known of a part's figures, whatever they are.
+_SAID: Mapping[str, Sequence[str]] = {
+    "drain": (
+        "COPY reads pages that the relay has read just before: hint bits are set, and all is in memory.",
+        "txoutbox delivers at least once, without transactions.",
+        "Connect's peak is that of a worker with the heap that Kafka's script gives it, up to 2 GB.",
+    ),
+    "latency": (
+        "Timed from the return of the service's commit; the bare Kafka transaction from its beginning.",
+        "txoutbox, rung by NOTIFY, delivers at least once, without transactions.",
+        "The relay's own times are of its transactions' oldest entries: at a rate those wait for the one before.",
+    ),
+    "idle": ("Debezium is measured in rounds of its own, after the others: its worker talks to Kafka all the time.",),
+}
+
+
 def write(parts: Sequence[str], page: Path = PAGE, kept: Path = DIRECTORY) -> tuple[list[str], list[str]]:
     """Write the sections of those parts that have figures of a full run, and their pictures.
 
-    The names of those parts, and of the trials that are newer what they lack. A section that is not there yet comes to
-    the end. Raises `ServerError` when nothing can be drawn.
+    The names of those parts, and what was left out: trials that are newer, and figures of another version. A section
+    that is not there yet comes to the end. Raises `ServerError` when nothing can be drawn.
     """
     text = page.read_text("utf-8") if page.exists() else _HEAD
     written: list[str] = []
     left_out: list[str] = []
     for part in parts:
-        report = _kept(kept / f"{part}.json")
-        trial = _kept(kept / TRIALS / f"{part}.json")
+        try:
+            report = _kept(kept / f"{part}.json")
+            trial = _kept(kept / TRIALS / f"{part}.json")
+        except ServerError as error:
+            left_out.append(str(error))
+            continue
         if trial is not None and (report is None or report.at < trial.at):
             left_out.append(f"{part} of {trial.at}, a trial: {'; '.join(trial.lacks)}")
         if report is None:
@@ -66,7 +86,14 @@ def _section(report: Report, picture: str) -> str:
         figures = ", ".join(dict.fromkeys(figure for panel in report.panels for figure in panel.figures))
         lines += [f"![{report.title}: {figures}]({picture})", ""]
     origin = f"`{report.command}` at {report.commit}, {report.at}: {_listed(report.options)}"
-    lines += [report.markdown(), "", f"{origin}. {_listed(report.machine)}. {_listed(report.versions)}."]
+    said = [f"- {note}" for note in _SAID.get(report.part, ())]
+    lines += [
+        report.markdown(),
+        *([""] if said and not report.notes else []),
+        *said,
+        "",
+        f"{origin}. {_listed(report.machine)}. {_listed(report.versions)}.",
+    ]
     return "\n".join(lines)
 
 

@@ -119,9 +119,13 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def turned(items: Sequence[Item], number: int) -> list[Item]:
-    """The same in the same order, but begun with another one in each round: who comes first must not tell."""
+    """The same in another order in each round: neither who comes first must tell, nor who comes after whom.
+
+    Begun with the next one, and backwards in every other round.
+    """
     place = number % len(items) if items else 0
-    return [*items[place:], *items[:place]]
+    order = [*items[place:], *items[:place]]
+    return order if number % 2 == 0 else order[::-1]
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float, what: str, pause: float = 0.05) -> None:

@@ -35,8 +35,8 @@ from outbox import capture, sql
 
 NAME = "owner"
 OFF, BUSY, SELDOM, ASLEEP = "off", "busy", "seldom", "asleep"
-DEBEZIUM, ALONE, BULK = "debezium", "alone", "bulk"
-PEERS = (OFF, BUSY, SELDOM, ASLEEP, DEBEZIUM, ALONE, BULK)
+DEBEZIUM, STOPPED, ALONE, BULK = "debezium", "debezium-stopped", "alone", "bulk"
+PEERS = (OFF, BUSY, SELDOM, ASLEEP, DEBEZIUM, STOPPED, ALONE, BULK)
 RATE = 40.0
 """Transactions a second at which most find the relay asleep."""
 TITLES: Mapping[str, str] = {
@@ -45,11 +45,13 @@ TITLES: Mapping[str, str] = {
     SELDOM: f"relay off, {RATE:g} transactions/s",
     ASLEEP: f"relay asleep, {RATE:g} transactions/s",
     DEBEZIUM: "beside Debezium",
+    STOPPED: "Debezium stopped",
     ALONE: "alone",
     BULK: "1,000 at once",
 }
 """The circumstances. `alone`: one variant after the other instead of drawn, since who notifies waits for others who
-do, and among others meets few of them. `seldom`: as `asleep`, without the relay."""
+do, and among others meets few of them. `seldom`: as `asleep`, without the relay. `debezium-stopped`: the same server
+with logical decoding, while its connector reads nothing."""
 JUDGED = (OFF, BUSY, BULK)
 """Those in which there is an aim. Alone, a slow minute would be one variant's; at a rate, most of the time is waiting
 for the disk or the processor to wake up."""
@@ -251,6 +253,8 @@ class Rounds:
         self._topics = servers.topics
         self._relay, self._beside = relay, beside
         self.runs: dict[Setting, list[Mapping[str, Times]]] = {}
+        # While it was to sleep: entries that the relay published, and in how many batches.
+        self.slept: list[tuple[int, int]] = []
 
     def round(self, number: int) -> None:
         """One round; those of the warm-up, with negative numbers, are not kept."""
@@ -279,7 +283,12 @@ class Rounds:
         self._relay.begin()
         for setting in settings:
             wait_asleep(self._relay, self._options.seconds)
+            self._relay.mark()
             self._take(number, setting, self._relay.url)
+            if setting.circumstance == ASLEEP:
+                wait_asleep(self._relay, self._options.seconds)
+                batches = [event["entries"] for event in self._relay.events("relay.published")]
+                self.slept.append((sum(batches), len(batches)))
         wait_asleep(self._relay, self._options.seconds)
         self._relay.end()
 
@@ -287,8 +296,13 @@ class Rounds:
         if self._beside is None:
             return
         debezium, seconds = self._beside.debezium, self._options.seconds
+        for setting in self._settings(number, STOPPED):
+            self._take(number, setting, self._beside.outbox.url)
+        if not self._settings(number, DEBEZIUM):
+            return
         debezium.begin()
         debezium.wait_running()
+        # It has to read past what was written while it was stopped.
         wait_alive(self._topics, debezium, seconds)
         for setting in self._settings(number, DEBEZIUM):
             starts, confirmed = self._topics.ends(debezium.topic), debezium.confirmed()
@@ -370,6 +384,12 @@ def run(options: Options) -> Report:
             rounds.round(number)
         report.versions = those.versions([relay, beside.debezium] if beside is not None else [relay])
     tell(report, rounds.runs)
+    if rounds.slept:
+        entries, batches = (sum(each) for each in zip(*rounds.slept, strict=True))
+        report.notes.append(
+            f"While it was to be asleep the relay published {entries:,} entries in {batches:,} batches: so many times "
+            "a writer rang. What that costs has no aim: at this rate most of a transaction's time is waiting."
+        )
     return report
 
 
@@ -388,14 +408,17 @@ def tell(report: Report, runs: Runs) -> None:
                     unit, values = "ms", [one[PLAIN].mean / 1000 for one in rounds]
                 if values:
                     report.series.append(Series(f"{title}, {row}", TITLES[circumstance], unit, values, 3))
-    report.notes.append(f"Of the {PLAIN} the times are shown, of all else the ratio to it in the same run.")
+    report.notes += [
+        f"Of the {PLAIN} the times are shown, of all else the ratio to it in the same run.",
+        f"The {CAPTURE} saves the client a statement, and its round trip, which the others have.",
+    ]
     for row in rows:
         if rounds := runs.get(Setting(OFF, row.clients, row.durable), []):
             late = Spread.of([one[PLAIN].p99 / 1000 for one in rounds]).median
             report.notes.append(f"p99 of the transaction with the {PLAIN}, {row}, {TITLES[OFF]}: {late:.2f} ms.")
     for row in rows:
         _draw(report, row)
-        for running, without in ((BUSY, OFF), (ASLEEP, SELDOM)):
+        for running, without in ((BUSY, OFF), (ASLEEP, SELDOM), (DEBEZIUM, STOPPED)):
             mine = runs.get(Setting(running, row.clients, row.durable), [])
             plain = runs.get(Setting(without, row.clients, row.durable), [])
             if mine and plain:

@@ -275,6 +275,7 @@ class Reader:
                 with connection.pipeline():
                     connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                     head_cursor = connection.execute(self._query("head"), self._head_arguments(position), prepare=True)
+                    connection.execute("SAVEPOINT backlog")
                 head, _ = self._head(head_cursor.fetchone())
                 at_once = self._chunk_rows()
                 read = connection.cursor().stream(self._query("backlog"), arguments, binary=True, size=at_once)
@@ -284,6 +285,9 @@ class Reader:
                         entries += chunk
                         size += _sizes(chunk)
                         more = size < self._config.batch_bytes
+                if connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR:
+                    # Cancelled; what is read through sources comes in the same snapshot.
+                    connection.execute("ROLLBACK TO SAVEPOINT backlog")
                 while not more and size - _size(entries[-1]) >= self._config.batch_bytes:
                     size -= _size(entries.pop())
                 ended = more and len(entries) < rows

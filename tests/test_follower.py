@@ -17,6 +17,7 @@ import pytest
 import outbox as outbox_package
 from consume import entry_id, live, records
 from devstack.kafka import Kafka
+from devstack.postgres import Postgres
 from outbox import follower
 from outbox.config import Config
 from outbox.entity_types import read_types
@@ -322,3 +323,38 @@ def test_states_of_a_source_that_do_not_fit_cut_the_batch(owner: Owner) -> None:
     assert ids == sorted(set(ids))
     assert len(ids) == 5000
     assert {row.entry.key for row in rows} == {str(n) for n in range(1, 2501)}
+
+
+def test_a_batch_that_ends_early_is_looked_up_in_its_own_snapshot(owner: Owner, postgres: Postgres) -> None:
+    """Small states become large in a backlog: the query is given up, and what reads the source goes on after it.
+
+    So it is for a relay that starts within a cut, and knows of no size yet.
+    """
+    with psycopg.connect(owner.url, autocommit=True) as connection:
+        follower.follow(connection, "outbox", read_types(connection, "outbox")[0], "second", source=SHAPE)
+    owner.sql(
+        "SELECT outbox.put('customer', n::text, jsonb_build_object('x', repeat('y', size)))"
+        " FROM generate_series(1, 900) n, LATERAL (SELECT CASE WHEN n <= 300 THEN 9 ELSE 9000 END AS size) s",
+    )
+    logged = postgres.log.stat().st_size
+    config = Config(database_url=owner.url, batch_bytes=500_000)
+    ids: list[int] = []
+    with closing(Reader(config, shard=0)) as reader:
+        identity = reader.open()
+        position = start(identity.name, 0, "t", 1, identity.system, 1, 0)
+        while True:
+            batch = reader.read(position)
+            assert {row.entry.id for row in batch.live} == {entry[0] for entry in batch.entries}
+            ids += [entry[0] for entry in batch.entries]
+            if not batch.cut:
+                break
+            position = batch.next()
+            if len(ids) < 600:
+                with closing(Reader(config, shard=0)) as another:
+                    another.open()
+                    assert another.read(position).live
+    assert ids == sorted(set(ids))
+    assert len(ids) == 900
+    with postgres.log.open("rb") as log:
+        log.seek(logged)
+        assert b"canceling statement due to user request" in log.read()

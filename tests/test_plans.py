@@ -6,15 +6,14 @@ settings: a query that is added later is judged like the others.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import psycopg
 import pytest
 
+from bench.plans import BATCH, SLACK, everything, explain, judge, recorded, touched
 from outbox import pruning, sql, status
 from outbox.config import Config
 from outbox.position import Point, Position, start
@@ -23,16 +22,6 @@ from outbox.reader import Reader
 pytestmark = pytest.mark.postgres
 
 SHARDS = 2
-SLACK = 40
-"""Rows that a statement may touch beside those that it returns: a probe of an index for each slot and shard."""
-
-
-class Sent(NamedTuple):
-    """A statement as it was sent."""
-
-    text: str
-    arguments: Mapping[str, Any]
-    connection: psycopg.Connection[Any]
 
 
 @dataclass
@@ -44,7 +33,7 @@ class Log:
 
     @property
     def config(self) -> Config:
-        return Config(database_url=self.url, batch_rows=1_000)
+        return Config(database_url=self.url, batch_rows=BATCH)
 
     def sql(self, *statements: str) -> None:
         with psycopg.connect(self.url) as connection:
@@ -59,8 +48,7 @@ class Log:
 
     def position(self, reader: Reader) -> Position:
         """Everything that is visible now is published."""
-        begun = start("test", 0, "t", 1, None, 1, 0)
-        return begun.advanced(reader.look(begun)[0].point, None)
+        return everything(reader, "test")
 
 
 @pytest.fixture(
@@ -109,104 +97,6 @@ def log(filled: str, make_database: Callable[..., str]) -> Log:
     return Log(make_database(name), int(rows))
 
 
-@contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sent]]:
-    """Every statement that is sent within the block."""
-    sent: list[Sent] = []
-
-    def spied(send: Callable[..., Any]) -> Callable[..., Any]:
-        def spy(cursor: Any, query: Any, params: Any = None, **options: Any) -> Any:
-            text = query.decode() if isinstance(query, bytes) else query
-            if isinstance(text, str):
-                sent.append(Sent(text, dict(params) if isinstance(params, Mapping) else {}, cursor.connection))
-            return send(cursor, query, params, **options)
-
-        return spy
-
-    with monkeypatch.context() as patch:
-        for name in ("execute", "stream"):
-            patch.setattr(psycopg.Cursor, name, spied(getattr(psycopg.Cursor, name)))
-        yield sent
-
-
-def explain(sent: Sent) -> dict[str, Any]:
-    """The plan by which the session that sent it runs it, with what it touched."""
-    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", sent.text)))
-    text = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", sent.text)
-    values = [None if sent.arguments[name] is None else str(sent.arguments[name]) for name in names]
-    connection = sent.connection
-    connection.execute(f"PREPARE explained AS {text}".encode())
-    try:
-        given = ", ".join("NULL" if value is None else "'" + value.replace("'", "''") + "'" for value in values)
-        call = f"EXECUTE explained ({given})" if names else "EXECUTE explained"
-        row = connection.execute(f"EXPLAIN (ANALYZE, TIMING off, SUMMARY off, FORMAT JSON) {call}".encode()).fetchone()
-    finally:
-        connection.execute("DEALLOCATE explained")
-    assert row is not None
-    plan: dict[str, Any] = row[0][0]["Plan"]
-    return plan
-
-
-def nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The plan and all that is below it, as far as it was run."""
-    yield plan
-    for child in plan.get("Plans", ()):
-        yield from nodes(child)
-
-
-def touched(plan: Mapping[str, Any]) -> float:
-    """How many rows of the log were looked at, in all."""
-    return sum(
-        float(node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)))
-        for node in nodes(plan)
-        if str(node.get("Relation Name", "")).startswith("entries")
-    )
-
-
-def walks(plan: Mapping[str, Any], *, one: bool = False) -> Iterator[Mapping[str, Any]]:
-    """Scans of the log that nothing but the shard bounds: they would walk a slot, once it is filled.
-
-    Those of which one row is wanted, in the order of the index, are none: the greatest id.
-    """
-    one = one or (plan["Node Type"] == "Limit" and plan["Plan Rows"] == 1)
-    if str(plan.get("Relation Name", "")).startswith("entries"):
-        bound = r"\bxid\b" if plan.get("Index Name", "").endswith("_xid_id_idx") else r"\bid\b"
-        if not (one and plan.get("Scan Direction") == "Backward") and not re.search(bound, plan.get("Index Cond", "")):
-            yield plan
-    for child in plan.get("Plans", ()):
-        yield from walks(child, one=one)
-
-
-def judge(sent: Sequence[Sent], *, news: int = 0, slack: int = SLACK) -> None:
-    """No statement walks a slot, sorts a backlog, or looks at more than what is new."""
-    kept = set(Reader(Config(database_url="postgresql://", batch_rows=1_000), shard=0)._sql.values())
-    for one in sent:
-        if (
-            "entries" not in one.text
-            or not one.text.lstrip().startswith(("SELECT", "WITH"))
-            or "prune_slot" in one.text
-        ):
-            continue
-        plan = explain(one)
-        said = f"{one.text}\n{one.arguments}\n{plan}"
-        if one.text in kept:
-            # Its plan is kept while the connection lives: what is empty now may be full then.
-            assert not list(walks(plan)), f"{list(walks(plan))}\n{said}"
-        for node in nodes(plan):
-            relation = str(node.get("Relation Name", ""))
-            if not node["Actual Loops"] or not node["Actual Rows"]:
-                continue
-            if relation.startswith("entries"):
-                index = node.get("Index Name", "")
-                assert re.fullmatch(r"entries_\d+_shard_(id|xid_id)_idx", index), (
-                    f"{relation} is read by {node}\n{said}"
-                )
-            if node["Node Type"] == "Sort":
-                below = node["Plans"][0]
-                assert below["Actual Rows"] <= max(SLACK, news), f"a sort of {below['Actual Rows']} rows\n{said}"
-        assert touched(plan) <= news + slack, f"{touched(plan)} rows were looked at\n{said}"
-
-
 def reading(log: Log) -> closing[Reader]:
     reader = Reader(log.config, shard=0)
     reader.open()
@@ -218,10 +108,10 @@ def read(log: Log, monkeypatch: pytest.MonkeyPatch, *, position: Position | None
     with reading(log) as reader:
         after = position or log.position(reader)
         then()
-        with recorded(monkeypatch) as sent:
+        with recorded() as sent:
             found = len(reader.read(after).entries)
             reader.look(after)
-        judge(sent, news=found)
+        assert judge(sent, news=found)
     return found
 
 
@@ -250,10 +140,10 @@ def test_an_entry_of_a_transaction_that_was_open_is_found_by_it(log: Log, monkey
         position = log.position(reader)
         late.commit()
         log.put(3)
-        with recorded(monkeypatch) as sent:
+        with recorded() as sent:
             found = len(reader.read(position).entries)
         assert 0 < found <= 12
-        judge(sent, news=found)
+        assert judge(sent, news=found)
 
 
 def test_a_large_transaction_that_commits_late_is_read_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,9 +158,9 @@ def test_a_large_transaction_that_commits_late_is_read_once(log: Log, monkeypatc
         late.commit()
         found = 0
         while True:
-            with recorded(monkeypatch) as sent:
+            with recorded() as sent:
                 batch = reader.read(position)
-            judge(sent, news=len(batch.entries))
+            assert judge(sent, news=len(batch.entries))
             found += len(batch.entries)
             if not batch.cut:
                 break
@@ -299,12 +189,12 @@ def test_the_status_costs_what_is_unpublished(log: Log, monkeypatch: pytest.Monk
     for name, at in (("point", position), ("cut", cut)):
         with monkeypatch.context() as patch:
             patch.setattr(status, "_from_kafka", lambda *_, at=at: ({0: at}, {}))
-            with psycopg.connect(log.url, autocommit=True) as connection, recorded(monkeypatch) as sent:
+            with psycopg.connect(log.url, autocommit=True) as connection, recorded() as sent:
                 seen = status.look(log.config, connection)
                 # The shard without a position: all that is retained is unpublished, and counted.
                 known = [one for one in sent if one.arguments.get("shard") != 1]
                 ring = [one for one in known if "pg_relation_size" in one.text]
-                judge([one for one in known if one not in ring], news=20)
+                assert judge([one for one in known if one not in ring], news=20)
                 # Small slots are counted, large ones estimated.
                 assert len(ring) == 1
                 assert touched(explain(ring[0])) <= 30 + 2 * 12 * SHARDS
@@ -318,17 +208,16 @@ def test_pruning_finds_in_a_few_probes_that_nothing_is_old(log: Log, monkeypatch
     with reading(log) as reader:
         position = log.position(reader)
     before = sequential(log)
-    with recorded(monkeypatch) as sent:
+    with recorded() as sent:
         pruned = list(pruning.prune_ring(log.config, [position]))
         assert {one.reason for one in pruned} <= {"retained", "empty"}
     assert sequential(log) == before
     queries = pruning_queries()
     with psycopg.connect(log.url, autocommit=True) as connection:
         connection.execute("SET enable_seqscan = off")
+        asked = [one._replace(connection=connection) for one in sent if one.text in queries]
         # What is younger by time than by id is looked for in each slot for each slot.
-        judge(
-            [one._replace(connection=connection) for one in sent if one.text in queries], slack=12 * 12 * SHARDS + SLACK
-        )
+        assert judge(asked, slack=12 * 12 * SHARDS + SLACK)
 
 
 def pruning_queries() -> set[str]:
