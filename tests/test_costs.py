@@ -28,6 +28,7 @@ import outbox
 from devstack.kafka import Kafka
 from outbox.config import Config
 from outbox.kafka.producer import TransactionalProducer
+from outbox.read_ahead import ReadAhead
 from outbox.relay import Relay
 from outbox.wake import Wake
 from relays import environment, must
@@ -186,24 +187,38 @@ def test_what_an_entry_costs_in_the_relays_loop(config: Config, monkeypatch: pyt
     hold("python calls of an entry in the relay", calls / ENTRIES, unit="calls")
 
 
-def test_what_a_batch_takes_of_memory(config: Config) -> None:
-    """Python's part at its peak, for each entry of the batch."""
+@pytest.mark.parametrize(
+    ("batches", "name"),
+    [(1, "python bytes of an entry in the relay"), (4, "python bytes of an entry in a backlog")],
+    ids=["a batch", "a backlog"],
+)
+def test_what_a_batch_takes_of_memory(config: Config, monkeypatch: pytest.MonkeyPatch, batches: int, name: str) -> None:
+    """Python's part at its peak, for each entry of a batch; in a backlog there is the next one, read and made ready."""
+    begin = ReadAhead.begin
+
+    def begin_and_end(ahead: ReadAhead, *arguments: Any) -> None:
+        begin(ahead, *arguments)
+        assert ahead.batch is not None
+        assert ahead.batch.exception() is None
+
+    # Whole before the one at hand is sent: otherwise they would meet by chance.
+    monkeypatch.setattr(ReadAhead, "begin", begin_and_end)
     # What a first batch leaves behind is not counted; what others left in the interpreter's free lists is, whichever
     # test came before.
     fill(config, BATCH)
     assert drain(config) == BATCH
-    fill(config, BATCH)
+    fill(config, batches * BATCH)
     gc.collect()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        assert drain(config) == BATCH
+        assert drain(config) == batches * BATCH
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     # Without what a start takes in any case.
-    hold("python bytes of an entry in the relay", (peak - before) / BATCH, unit="bytes", tolerance=0.1)
+    hold(name, (peak - before) / BATCH, unit="bytes", tolerance=0.1)
 
 
 def test_what_an_entry_costs_the_writer(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
