@@ -177,6 +177,7 @@ def run(options: Options) -> Report:
         {"seconds of a stage": options.stage_seconds, "rounds": options.rounds, "warm-up rounds": options.warm_up},
     )
     found: dict[tuple[str, str], list[Latencies]] = {}
+    failed: dict[tuple[str, str], str] = {}
     with ExitStack() as stack:
         view.step("starting the servers")
         those = stack.enter_context(servers(stack.enter_context(options.work())))
@@ -192,7 +193,18 @@ def run(options: Options) -> Report:
             contender.begin()
             wait_alive(those.topics, contender, options.seconds)
             for stage in STAGES:
-                took(contender.name, stage, number, _stage(traffic, contender, stage))
+                if (contender.name, stage.name) in failed:
+                    continue
+                try:
+                    one = _stage(traffic, contender, stage)
+                except ServerError as error:
+                    if contender.name == RELAY:
+                        raise
+                    # It is the others that are shown by what they do not do; it must not cost the figures of all.
+                    failed[contender.name, stage.name] = str(error).partition("\n")[0]
+                    view.step(f"{contender.name}, {stage.name}: {error}")
+                else:
+                    took(contender.name, stage, number, one)
             contender.end()
             _clear(contender)
 
@@ -206,7 +218,10 @@ def run(options: Options) -> Report:
             for take in turned(takes, number):
                 take(number)
         report.versions = those.versions(compared)
+    for who, stage in failed:
+        found.pop((who, stage), None)
     _tell(report, found)
+    report.notes += [f"{who}, {stage}: no figures; in one round {why}" for (who, stage), why in failed.items()]
     return report
 
 

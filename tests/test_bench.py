@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ import pytest
 import bench.__main__
 from bench import document, drain, growth, hot, idle, install, latency, limits, owner
 from bench.__main__ import PARTS, main
+from bench.contender import Contender, prepared
 from bench.measure import turned
 from bench.options import Options
 from bench.part import Part
 from bench.relay import Relay
 from bench.report import Ratio, Report, Series
-from bench.servers import servers
+from bench.servers import Servers, servers
 from bench.topics import Delivered
 from bench.view import View
 from bench.workload import Load
@@ -95,6 +97,34 @@ def test_a_small_latency_run_times_every_stage_and_the_bare_transaction(monkeypa
         assert 0 < report.of(f"relay, {stage}", "p50")[0] < middle <= most
     assert [panel.title for panel in report.panels] == [stage.name for stage in latency.STAGES]
     assert sum("wake-up" in note and "%" in note for note in report.notes) == len(stages)
+
+
+@pytest.mark.acceptance
+def test_a_peer_that_does_not_deliver_in_a_stage_loses_its_own_figures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are said to be missing; a relay that does not deliver ends the run."""
+    monkeypatch.setattr(latency, "_WARM_SECONDS", 0.2)
+    changes, failing = latency.Traffic.changes, "peer"
+
+    def failing_changes(traffic: latency.Traffic, contender: Contender, stage: latency.Stage) -> latency.Latencies:
+        if contender.name == failing and stage.rate == 1000:
+            raise ServerError("7 of 1200 changes were received.")
+        return changes(traffic, contender, stage)
+
+    def contenders(those: Servers, _chosen: Sequence[str]) -> list[Contender]:
+        made = {name: partial(Relay, those, name=name) for name in ("peer", "relay")}
+        return prepared(made, ["peer", "relay"], those.stack)
+
+    monkeypatch.setattr(latency.Traffic, "changes", failing_changes)
+    monkeypatch.setattr(latency, "contenders", contenders)
+    report = latency.run(asked("relay"))
+    assert {one.contender for one in report.series if one.contender.startswith("peer")} == {
+        "peer, idle",
+        "peer, 5,000/s",
+    }
+    assert any("peer, 1,000/s: no figures; in one round 7 of 1200" in note for note in report.notes)
+    failing = "relay"
+    with pytest.raises(ServerError, match="7 of 1200"):
+        latency.run(asked("relay"))
 
 
 @pytest.mark.acceptance
