@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench import install
@@ -86,14 +87,8 @@ def _section(report: Report, picture: str) -> str:
         figures = ", ".join(dict.fromkeys(figure for panel in report.panels for figure in panel.figures))
         lines += [f"![{report.title}: {figures}]({picture})", ""]
     origin = f"`{report.command}` at {report.commit}, {report.at}: {_listed(report.options)}"
-    said = [f"- {note}" for note in _SAID.get(report.part, ())]
-    lines += [
-        report.markdown(),
-        *([""] if said and not report.notes else []),
-        *said,
-        "",
-        f"{origin}. {_listed(report.machine)}. {_listed(report.versions)}.",
-    ]
+    noted = replace(report, notes=[*report.notes, *_SAID.get(report.part, ())])
+    lines += [noted.markdown(), "", f"{origin}. {_listed(report.machine)}. {_listed(report.versions)}."]
     return "\n".join(lines)
 
 

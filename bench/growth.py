@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -140,10 +141,6 @@ class Past:
         load.fill(self.relay.url, "outbox.entries", _COLUMNS, self._values(load))
         return load
 
-    def write_some(self) -> None:
-        """A few new entries, for whoever looks how they are read."""
-        self.write(100)
-
     def write_late(self, count: int) -> Load:
         """The same in one transaction, during which others are written and published."""
         load = self._load(count)
@@ -266,7 +263,7 @@ def run(options: Options) -> Report:
         if RETAINED in pasts:
             view.step("explaining what the relay asks of what is retained")
             past = pasts[RETAINED]
-            judged = plans.judge_relay(past.relay.url, f"bench-{past.relay.name}", past.write_some)
+            judged = plans.judge_relay(past.relay.url, f"bench-{past.relay.name}", partial(past.write, 100))
             past.begin()
         for number in options.numbers():
             if FRESH in pasts:

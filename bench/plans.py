@@ -145,7 +145,7 @@ def everything(reader: Reader, outbox: str) -> Position:
     return begun.advanced(reader.look(begun)[0].point, None)
 
 
-def judge_relay(url: str, outbox: str, put: Callable[[], None]) -> int:
+def judge_relay(url: str, outbox: str, put: Callable[[], object]) -> int:
     """Judge what a relay of shard 0 asks: in vain, of what `put` writes, of a backlog's start and its middle.
 
     How many statements were judged; `ServerError` when one does it wrongly.

@@ -103,7 +103,7 @@ def reading(log: Log) -> closing[Reader]:
     return closing(reader)
 
 
-def read(log: Log, monkeypatch: pytest.MonkeyPatch, *, position: Position | None, then: Callable[[], None]) -> int:
+def read(log: Log, *, position: Position | None, then: Callable[[], None]) -> int:
     """Read one batch after a position (None: after everything) and judge what was asked; how many entries came."""
     with reading(log) as reader:
         after = position or log.position(reader)
@@ -115,22 +115,22 @@ def read(log: Log, monkeypatch: pytest.MonkeyPatch, *, position: Position | None
     return found
 
 
-def test_a_look_in_vain_looks_at_nothing(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_in_vain_looks_at_nothing(log: Log) -> None:
     """The head and the read, when everything is published."""
-    assert read(log, monkeypatch, position=None, then=lambda: None) == 0
+    assert read(log, position=None, then=lambda: None) == 0
 
 
-def test_a_few_new_entries_cost_a_few_rows(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_new_entries_cost_a_few_rows(log: Log) -> None:
     """However many are retained."""
-    assert 0 < read(log, monkeypatch, position=None, then=lambda: log.put(20)) < 20
+    assert 0 < read(log, position=None, then=lambda: log.put(20)) < 20
 
 
-def test_the_first_batch_of_a_backlog_costs_a_batch(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_batch_of_a_backlog_costs_a_batch(log: Log) -> None:
     """Whatever is new may be late by its transaction: that it is not is seen in the index, and no row is fetched."""
-    assert read(log, monkeypatch, position=None, then=lambda: log.put(20_000)) == 1_000
+    assert read(log, position=None, then=lambda: log.put(20_000)) == 1_000
 
 
-def test_an_entry_of_a_transaction_that_was_open_is_found_by_it(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_of_a_transaction_that_was_open_is_found_by_it(log: Log) -> None:
     """By the index on transactions: it lies somewhere below the anchor."""
     with psycopg.connect(log.url) as late, reading(log) as reader:
         late.execute(
@@ -146,7 +146,7 @@ def test_an_entry_of_a_transaction_that_was_open_is_found_by_it(log: Log, monkey
         assert judge(sent, news=found)
 
 
-def test_a_large_transaction_that_commits_late_is_read_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_transaction_that_commits_late_is_read_once(log: Log) -> None:
     """Each batch goes on in it where the one before ended: an import of millions is not walked through for each."""
     with psycopg.connect(log.url) as late, reading(log) as reader:
         late.execute(
@@ -168,15 +168,15 @@ def test_a_large_transaction_that_commits_late_is_read_once(log: Log, monkeypatc
     assert found == pytest.approx(4000, rel=0.2)  # of one of the two shards
 
 
-def test_a_backlog_is_read_in_the_order_of_its_index(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backlog_is_read_in_the_order_of_its_index(log: Log) -> None:
     """From the start of the log, and from the middle of a cut: a batch, not the backlog."""
     begun = start("test", 0, "t", 1, None, 1, 0)
-    count = read(log, monkeypatch, position=begun, then=lambda: None)
+    count = read(log, position=begun, then=lambda: None)
     assert count == min(1_000, count)
     with reading(log) as reader:
         to = log.position(reader).point
     halfway = begun.advanced(to, log.rows // 2)
-    assert read(log, monkeypatch, position=halfway, then=lambda: None) > 0
+    assert read(log, position=halfway, then=lambda: None) > 0
 
 
 def test_the_status_costs_what_is_unpublished(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_the_status_costs_what_is_unpublished(log: Log, monkeypatch: pytest.Monk
         assert sum(slot.entries for slot in seen.ring) == pytest.approx(log.rows + 20, rel=0.1)
 
 
-def test_pruning_finds_in_a_few_probes_that_nothing_is_old(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_finds_in_a_few_probes_that_nothing_is_old(log: Log) -> None:
     """What the server counts as read by sequential scans tells of the statements inside of functions, too."""
     with reading(log) as reader:
         position = log.position(reader)
