@@ -33,9 +33,11 @@ from bench.workload import Load
 from devstack.processes import ServerError
 
 NAME = "growth"
-FRESH, RETAINED, TYPES, OPEN, RING, LATE = "fresh", "retained", "types", "open", "ring", "late"
-PEERS = (FRESH, RETAINED, TYPES, OPEN, RING, LATE)
-"""`fresh` is always measured: it is what the others are compared with."""
+FRESH, AGAIN = "fresh", "fresh again"
+RETAINED, TYPES, WIDE, OPEN, RING, LATE = "retained", "types", "wide", "open", "ring", "late"
+PEERS = (FRESH, AGAIN, RETAINED, TYPES, WIDE, OPEN, RING, LATE)
+"""`fresh` is always measured: the others are compared with it. `fresh again` is another such outbox: how far its ratio
+is from one is what the machine does, and no past."""
 RATE = "entries/s"
 AIM = 0.9
 MANY_TYPES = 100
@@ -72,7 +74,9 @@ class Past:
     `late`: what is drained is of one transaction, which others have overtaken.
     """
 
-    def __init__(self, servers: Servers, name: str, *, types: int = 1, late: bool = False) -> None:
+    def __init__(
+        self, servers: Servers, name: str, *, types: int = 1, partitions: int = PARTITIONS, late: bool = False
+    ) -> None:
         self.late = late
         self.relay = Relay(servers, name=name)
         servers.stack.callback(self.relay.close)
@@ -80,7 +84,7 @@ class Past:
         self._base = 0
         self._database = self.relay.url.rpartition("/")[2]
         self._types = {f"type{n}": f"{self.relay.topic}.type{n}" for n in range(types)}
-        self.relay.prepare(slots=SLOTS, types=self._types, partitions=PARTITIONS if types == 1 else 1)
+        self.relay.prepare(slots=SLOTS, types=self._types, partitions=partitions)
 
     def begin(self) -> None:
         """Publish a little, so that there is a position: the start of a log is read by a simpler query."""
@@ -266,11 +270,7 @@ def run(options: Options) -> Report:
             judged = plans.judge_relay(past.relay.url, f"bench-{past.relay.name}", partial(past.write, 100))
             past.begin()
         for number in options.numbers():
-            if FRESH in pasts:
-                pasts.pop(FRESH).drop()
-            fresh = Past(those, f"{FRESH}{number + options.warm_up}")
-            fresh.begin()
-            pasts = {FRESH: fresh, **pasts}
+            pasts = {**_fresh(options, those, number, pasts), **pasts}
             for name in turned(list(pasts), number):
                 one = pasts[name].drain(options.entries, options.seconds)
                 view.step(f"{name}: {one.rate:,.0f} entries/s, {one.looked_at:.2f} rows looked at for each")
@@ -283,7 +283,10 @@ def run(options: Options) -> Report:
     for name in PEERS[1:]:
         if name in drains:
             mine, theirs = report.of(f"relay, {name}", RATE), report.of(f"relay, {FRESH}", RATE)
-            report.ratio(f"rate: {name} / {FRESH}", mine, theirs, aim=AIM)
+            report.ratio(f"rate: {name} / {FRESH}", mine, theirs, aim=None if name in {AGAIN, WIDE} else AIM)
+    if TYPES in drains and WIDE in drains:
+        mine, theirs = report.of(f"relay, {TYPES}", RATE), report.of(f"relay, {WIDE}", RATE)
+        report.ratio(f"rate: {TYPES} / {WIDE}", mine, theirs, aim=AIM)
     report.panel(RATE)
     dead = sum(sum(report.of(f"relay, {name}", column)[0] for column in DEAD) for name in drains)
     if dead:
@@ -300,8 +303,11 @@ def run(options: Options) -> Report:
             "tests/test_plans.py holds the same among 10 and 100,000."
         )
     told = {
+        AGAIN: "a second outbox without a past: what its ratio is away from one is the machine's.",
         RETAINED: f"{retained:,} published entries are in the table.",
-        TYPES: f"{MANY_TYPES} entity types with a topic each.",
+        TYPES: f"{MANY_TYPES} entity types with a topic of one partition each.",
+        WIDE: f"one type, whose topic has {MANY_TYPES} partitions: the client sends a request for each, and the broker "
+        "marks each transaction in each of them. What is left between the two is the types' own.",
         OPEN: f"a transaction with an entry is open from before the first round to after the last, {minutes:.0f} "
         "minutes; what counts is what is written meanwhile, not the time.",
         RING: f"each of its {SLOTS} slots was filled and truncated {LAPS} times before.",
@@ -311,13 +317,28 @@ def run(options: Options) -> Report:
     return report
 
 
+def _fresh(options: Options, those: Servers, number: int, pasts: dict[str, Past]) -> dict[str, Past]:
+    """Those without a past, which are new in each round; the ones of the round before go away."""
+    made: dict[str, Past] = {}
+    for name in (FRESH, AGAIN):
+        if name == AGAIN and AGAIN not in options.peers:
+            continue
+        if name in pasts:
+            pasts.pop(name).drop()
+        made[name] = Past(those, f"{'fresh' if name == FRESH else 'again'}{number + options.warm_up}")
+        made[name].begin()
+    return made
+
+
 def _pasts(options: Options, those: Servers, retained: int) -> dict[str, Past]:
     """Those with a past, with it, each with a position."""
     pasts: dict[str, Past] = {}
     for name in options.peers:
-        if name != FRESH:
+        if name not in {FRESH, AGAIN}:
             options.view.step(f"making the past: {name}")
-            pasts[name] = Past(those, name, types=MANY_TYPES if name == TYPES else 1, late=name == LATE)
+            many = {"types": MANY_TYPES, "partitions": 1} if name == TYPES else {}
+            wide = {"partitions": MANY_TYPES} if name == WIDE else {}
+            pasts[name] = Past(those, name, late=name == LATE, **many, **wide)
     if RETAINED in pasts:
         pasts[RETAINED].retain(retained)
     if RING in pasts:

@@ -51,8 +51,8 @@ def test_a_small_drain_delivers_every_entry_and_measures_the_relay_and_the_limit
 @pytest.mark.acceptance
 def test_a_small_growth_drains_outboxes_with_a_past_and_finds_no_row_that_publishing_left_dead() -> None:
     """Three of the pasts, in one run; a row that is read without an index, or not delivered, would fail it."""
-    report = growth.run(asked(growth.OPEN, growth.RING, growth.LATE, entries=200))
-    names = ("open", "ring", "late")
+    report = growth.run(asked(growth.AGAIN, growth.WIDE, growth.OPEN, growth.RING, growth.LATE, entries=200))
+    names = ("fresh again", "wide", "open", "ring", "late")
     assert {one.contender for one in report.series} == {f"relay, {name}" for name in ("fresh", *names)}
     assert {one.name for one in report.ratios} == {f"rate: {name} / fresh" for name in names}
     # Fetched once for each entry; a late one is found by its transaction.
