@@ -62,7 +62,7 @@ CLIENTS = (1, 16)
 ROWS = 100_000
 MANY = 1_000
 
-PLAIN = "plain insert"
+PLAIN, WITH_INDEXES = "plain insert", "insert with the log's indexes"
 WRITER, PUT, CAPTURE = "writer's statement", "outbox.put", "capture trigger"
 DEBEZIUM_OUTBOX = "Debezium's outbox"
 
@@ -89,6 +89,17 @@ CREATE TABLE {table} (
     id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY, type text NOT NULL, key text NOT NULL, state bytea,
     content_type text, cause text, headers jsonb, created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+"""
+
+# The same with the log's two indexes: where most of what a bulk costs goes.
+INDEXED = """
+CREATE TABLE bare_indexed (
+    xid xid8 NOT NULL DEFAULT pg_current_xact_id(), id bigint NOT NULL GENERATED ALWAYS AS IDENTITY,
+    shard smallint NOT NULL DEFAULT 0, type text NOT NULL, key text NOT NULL, state bytea,
+    content_type text, cause text, headers jsonb, created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX ON bare_indexed (shard, id);
+CREATE INDEX ON bare_indexed (shard, xid, id);
 """
 
 NAIVE = """
@@ -128,6 +139,7 @@ Runs = Mapping[Setting, Sequence[Mapping[str, Times]]]
 DOMAINS: Mapping[str, str] = {
     "domain change alone": "customer_alone",
     PLAIN: "customer_plain",
+    WITH_INDEXES: "customer_indexed",
     WRITER: "customer_writer",
     PUT: "customer_put",
     CAPTURE: "customer_captured",
@@ -193,7 +205,11 @@ def bulk() -> list[Variant]:
         # Blocks of rows that do not overlap: two transactions that met would wait for each other.
         return "\n".join([rf"\set id {MANY} * :client_id + 1", "BEGIN;", change, f"{statement};", "COMMIT;", ""])
 
-    return [Variant(PLAIN, script(PLAIN, "bare")), Variant(WRITER, script(WRITER, "outbox.entries"), 1.03)]
+    return [
+        Variant(PLAIN, script(PLAIN, "bare")),
+        Variant(WITH_INDEXES, script(WITH_INDEXES, "bare_indexed")),
+        Variant(WRITER, script(WRITER, "outbox.entries"), 1.03),
+    ]
 
 
 def compared(circumstance: str) -> list[Variant]:
@@ -215,6 +231,7 @@ def make_tables(relay: Relay) -> None:
             connection.execute(DOMAIN.format(table=table, rows=ROWS).encode())
         for table in ("bare", "bare_notify"):
             connection.execute(BARE.format(table=table).encode())
+        connection.execute(INDEXED)
         connection.execute(NAIVE)
         for statement in capture.statements(capture.Capture(DOMAINS[CAPTURE], "captured"), existing_rows=False):
             connection.execute(statement.encode())

@@ -64,7 +64,7 @@ def test_a_small_growth_drains_outboxes_with_a_past_and_finds_no_row_that_publis
 def test_a_small_owner_times_every_variant_beside_the_plain_insert() -> None:
     """Nothing but stock pgbench, a second a run; the verdicts are for the greatest number of clients."""
     report = owner.run(asked(owner.OFF, owner.BUSY, owner.BULK))
-    titles = {one.title for one in owner.variants()}
+    titles = {one.title for one in [*owner.variants(), *owner.bulk()]}
     assert {one.contender.partition(",")[0] for one in report.series} == titles
     assert all(0 < value < 100 for one in report.series for value in one.values if one.unit != "ms")
     judged = [one for one in report.ratios if one.aim is not None]
