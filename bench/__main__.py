@@ -14,7 +14,7 @@ from typing import NoReturn
 import psycopg
 from confluent_kafka import KafkaException
 
-from bench import document, drain, growth, hot, idle, latency, owner
+from bench import backfill, document, drain, growth, hot, idle, latency, owner, reconcile
 from bench.options import Options
 from bench.part import ENTRIES, Part
 from bench.view import View
@@ -22,7 +22,11 @@ from devstack.processes import ServerError
 from outbox.errors import OutboxError
 
 PARTS: Mapping[str, Part] = {
-    one.name: one for one in (drain.PART, hot.PART, latency.PART, owner.PART, growth.PART, idle.PART)
+    one.name: one
+    for one in (
+        *(drain.PART, hot.PART, latency.PART, owner.PART, growth.PART, idle.PART),
+        *(backfill.PART, reconcile.PART),
+    )
 }
 REPORT = "report"
 _FAILURES = (ServerError, OutboxError, KafkaException, psycopg.Error, OSError, subprocess.TimeoutExpired)

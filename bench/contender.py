@@ -83,14 +83,18 @@ def prepared(makers: Mapping[str, Callable[[], Contender]], chosen: Sequence[str
     return found
 
 
-def wait_alive(topics: Topics, contender: Contender, seconds: float) -> None:
-    """Wait until a change goes through: then it is started, and its servers know of it."""
-    before = sum(topics.ends(contender.topic).values())
+def wait_alive(topics: Topics, contender: Contender, seconds: float, *, topic: str | None = None) -> None:
+    """Wait until a change goes through: then it is started, and its servers know of it.
+
+    `topic`: where its changes go, if that is not what it is measured by.
+    """
+    topic = topic or contender.topic
+    before = sum(topics.ends(topic).values())
     with psycopg.connect(contender.url) as connection:
         connection.execute(contender.insert.encode(), ("k0", '{"version":0,"note":""}'))
 
     def went_through() -> bool:
         contender.check_alive()
-        return sum(topics.ends(contender.topic).values()) > before
+        return sum(topics.ends(topic).values()) > before
 
     wait_for(went_through, seconds=seconds, what=f"the first record of {contender.name}")

@@ -88,14 +88,14 @@ class Traffic:
         self._base = 0
         self._runs = 0
 
-    def changes(self, contender: Contender, stage: Stage) -> Latencies:
-        """Write changes for a contender that runs."""
+    def changes(self, contender: Contender, stage: Stage, *, topic: str | None = None) -> Latencies:
+        """Write changes for a contender that runs; `topic`: where they go, if that is not what it is measured by."""
         given = {"url": contender.url, "insert": contender.insert, "connections": stage.connections}
         writers = [
             ("writer", {**given, "places": list(range(place, stage.connections, stage.writers))})
             for place in range(stage.writers)
         ]
-        return self._measure(contender.topic, stage, writers, contender.check_alive, contender.pids)
+        return self._measure(topic or contender.topic, stage, writers, contender.check_alive, contender.pids)
 
     def transactions(self, stage: Stage) -> Latencies:
         """Bare Kafka transactions."""

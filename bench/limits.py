@@ -40,10 +40,9 @@ class Limit:
 
 
 def copy_out(url: str, load: Load, directory: Path) -> Limit:
-    """`COPY` of the last rows that `load` wrote, the columns that a relay needs, in id order, through psql to nowhere.
+    """`COPY` of the last rows that `load` wrote, the columns that a relay needs, in id order.
 
-    Read as the relay reads: by the index, between ids that are known beforehand. The time is psql's own of the
-    statement, from sending it to the last row; starting and connecting are left out. The CPU is that of the whole psql.
+    Read as the relay reads: by the index, between ids that are known beforehand.
     """
     with psycopg.connect(url) as connection:
         row = connection.execute("SELECT id FROM outbox.entries WHERE shard = 0 ORDER BY id DESC LIMIT 1").fetchone()
@@ -52,21 +51,30 @@ def copy_out(url: str, load: Load, directory: Path) -> Limit:
         "SELECT id, type, key, state, created_at FROM outbox.entries "
         f"WHERE shard = 0 AND id > {last - load.entries} AND id <= {last} ORDER BY id"
     )
+    return copy_query(url, query, load.entries, directory, settings=PLANNER)
+
+
+def copy_query(url: str, query: str, rows: int, directory: Path, *, settings: Mapping[str, str] = {}) -> Limit:
+    """`COPY` of a query, of which so many rows are expected, through psql to nowhere.
+
+    The time is psql's own of the statement, from sending it to the last row; starting and connecting are left out. The
+    CPU is that of the whole psql.
+    """
     log = directory / "copy.log"
     told = log.stat().st_size if log.exists() else 0
     # Of a \copy to a file psql prints the tag; of COPY TO STDOUT it does not.
     copy = rf"\copy ({query}) TO '/dev/null' (FORMAT binary)"
     command = [Postgres.bin("psql"), "--no-psqlrc", r"--command=\timing on", f"--command={copy}", url]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {
-        "PGOPTIONS": " ".join(f"-c {name}={value}" for name, value in PLANNER.items()),
+        "PGOPTIONS": " ".join(f"-c {name}={value}" for name, value in settings.items()),
         "LC_ALL": "C",
     }
     _, used = run_measured(Child(command, log=log, env=environment), seconds=_SECONDS, what=f"COPY (see {log})")
     said = _said(log, told)
     found = re.search(r"^COPY (\d+)\nTime: ([\d.]+) ms", said, re.MULTILINE)
-    if found is None or int(found[1]) != load.entries:
-        raise ServerError(f"COPY was to write {load.entries} rows, and psql said:\n{said}")
-    return Limit(load.entries / float(found[2]) * 1000, used)
+    if found is None or int(found[1]) != rows:
+        raise ServerError(f"COPY was to write {rows} rows, and psql said:\n{said}")
+    return Limit(rows / float(found[2]) * 1000, used)
 
 
 def _said(log: Path, told: int) -> str:

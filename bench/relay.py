@@ -39,7 +39,7 @@ class Relay:
         self.postgres = servers.postgres("postgres") if beside is None else beside.postgres
         self.url = servers.database(self.postgres, f"bench_{name}") if beside is None else beside.url
         self._log = servers.directory / f"{name}.log"
-        self._environment = {key: value for key, value in os.environ.items() if not key.startswith("OUTBOX_")} | {
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("OUTBOX_")} | {
             "OUTBOX_DATABASE_URL": self.url,
             "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": servers.kafka.bootstrap,
             "OUTBOX_REPLICATION_FACTOR": "1",
@@ -51,16 +51,27 @@ class Relay:
         self._told = 0
 
     def prepare(
-        self, *, types: Mapping[str, str] | None = None, partitions: int | None = None, slots: int | None = None
+        self,
+        *,
+        types: Mapping[str, str] | None = None,
+        sources: Mapping[str, str] | None = None,
+        partitions: int | None = None,
+        slots: int | None = None,
     ) -> None:
-        """Make the outbox, its entity types (by name, their topics; else one type, `thing`) and the topics."""
+        """Make the outbox, its entity types (by name, their topics; else one type, `thing`) and the topics.
+
+        `sources`: by type, its query of all rows.
+        """
         settings = schema.Settings(name=f"bench-{self.name}")
         with psycopg.connect(self.url) as connection:
             schema.install(connection, settings if slots is None else replace(settings, slots=slots))
             for name, topic in (types or {"thing": self.topic}).items():
                 connection.execute(
-                    "INSERT INTO outbox.entity_types (name, topic, topic_settings) VALUES (%s, %s, %s)",
-                    [name, topic, Jsonb({} if partitions is None else {"partitions": partitions})],
+                    "INSERT INTO outbox.entity_types (name, topic, topic_settings, source) VALUES (%s, %s, %s, %s)",
+                    [
+                        *(name, topic, Jsonb({} if partitions is None else {"partitions": partitions})),
+                        (sources or {}).get(name),
+                    ],
                 )
         self.command("topics", "apply", "--yes")
 
@@ -68,7 +79,7 @@ class Relay:
         """Run a command of the command line to its end; its output."""
         done = subprocess.run(
             [str(PROGRAM), *arguments],
-            env=self._environment,
+            env=self.environment,
             cwd=self._servers.directory,
             capture_output=True,
             text=True,
@@ -91,7 +102,7 @@ class Relay:
     def begin(self) -> None:
         """Start the process."""
         self.mark()
-        self._child = Child([str(PROGRAM), "relay"], log=self._log, cwd=self._servers.directory, env=self._environment)
+        self._child = Child([str(PROGRAM), "relay"], log=self._log, cwd=self._servers.directory, env=self.environment)
 
     def end(self) -> None:
         """Stop the process in order."""

@@ -1,14 +1,16 @@
 """The processes beside a relay: a service that writes changes at a steady rate, and a consumer that waits for them.
 
-Each is a process of its own, `python -m bench.traffic writer|receiver|transactions JSON`, so that neither holds the
-other up, and writes what it saw into the file `out`: 64-bit integers, in groups; all times are nanoseconds of the
-monotonic clock, which the processes of one machine share.
+Each is a process of its own, `python -m bench.traffic ROLE JSON`, so that neither holds the other up, and writes what
+it saw into the file `out`: 64-bit integers, in groups; all times are nanoseconds of the monotonic clock, which the
+processes of one machine share. The roles:
 
 - `writer` (url, insert, rate, count, connections, places, base, out): number, just before the insert is sent, just
   after its commit has returned. Of all connections, which share the numbers, this process has those at `places`: one
   process of Python does not keep every rate.
 - `receiver` (bootstrap, topic, starts, count, patience, out): number, when it was handed over. Says `ready` when it has
   begun to wait.
+- `reader` (bootstrap, topic, ends, out): reads the topic from its start to these ends, and does nothing with it; how
+  many records there were.
 - `transactions` (bootstrap, topic, positions, rate, count, base, out): a bare Kafka transaction of two records for each
   number: just before it is begun, just after its commit has returned.
 """
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 _STATE_BYTES = 280
 
@@ -104,6 +106,34 @@ def receiver(given: Mapping[str, Any]) -> array[int]:
     return seen
 
 
+def reader(given: Mapping[str, Any]) -> array[int]:
+    """Read a topic as fast as a bare consumer can."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": given["bootstrap"],
+            "group.id": "bench-reader",
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+            "enable.partition.eof": True,
+            "auto.offset.reset": "earliest",
+        }
+    )
+    left = {int(partition): end for partition, end in given["ends"].items() if end}
+    consumer.assign([TopicPartition(given["topic"], partition, OFFSET_BEGINNING) for partition in left])
+    count = 0
+    while left:
+        for message in consumer.consume(10_000, 0.1):
+            error = message.error()
+            if error is None:
+                count += 1
+            elif error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's local codes are named so
+                raise KafkaException(error)
+            elif (message.offset() or 0) >= left.get(message.partition() or 0, 0):
+                left.pop(message.partition() or 0, None)
+    consumer.close()
+    return array("q", (count,))
+
+
 def transactions(given: Mapping[str, Any]) -> array[int]:
     """Bare Kafka transactions of two records: what no relay can be faster than."""
     producer = Producer(
@@ -128,5 +158,5 @@ def transactions(given: Mapping[str, Any]) -> array[int]:
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[2])
-    roles = {"writer": writer, "receiver": receiver, "transactions": transactions}
+    roles = {"writer": writer, "receiver": receiver, "transactions": transactions, "reader": reader}
     Path(arguments["out"]).write_bytes(roles[sys.argv[1]](arguments).tobytes())

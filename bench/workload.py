@@ -21,17 +21,18 @@ _STATE_BYTES = 280
 class Load:
     """Rows to be written: `entries` of them, over `keys` keys, with states of about 280 bytes.
 
-    `base` numbers the rows on from an earlier load: row n has the version base + n.
+    `base` numbers the rows on from an earlier load: row n has the version base + n. `prefix` begins the keys.
     """
 
     entries: int
     keys: int
     base: int = 0
+    prefix: str = "c"
 
     @property
     def key_sql(self) -> str:
         """The key of row `n`."""
-        return f"'c' || (n % {self.keys})"
+        return f"'{self.prefix}' || (n % {self.keys})"
 
     @property
     def state_sql(self) -> str:
@@ -39,11 +40,10 @@ class Load:
 
         Those compress as real states do, by about half.
         """
-        digits = " || ".join(f"md5(n || '{letter}')" for letter in "abcdefghijklmnop"[: _STATE_BYTES // 32 + 1])
         version = f"({self.base} + n)"
         return (
             f'\'{{"version":\' || {version} || \',"note":"\' || '
-            f"left({digits}, {_STATE_BYTES - 23} - length({version}::text)) || '\"}}'"
+            f"left({digits_sql(_STATE_BYTES)}, {_STATE_BYTES - 23} - length({version}::text)) || '\"}}'"
         )
 
     def fill(self, url: str, table: str, columns: Sequence[str], values: Sequence[str]) -> None:
@@ -68,7 +68,7 @@ class Load:
     def newest(self) -> dict[bytes, int]:
         """Each key's last version."""
         return {
-            b"c%d" % (n % self.keys): self.base + n
+            b"%s%d" % (self.prefix.encode(), n % self.keys): self.base + n
             for n in range(max(1, self.entries - self.keys + 1), self.entries + 1)
         }
 
@@ -83,6 +83,11 @@ class Load:
             wrong.append("the last state of some keys is not the last one written")
         if wrong:
             raise ServerError(f"{who} delivered wrongly: {'; '.join(wrong)}.")
+
+
+def digits_sql(least: int) -> str:
+    """An expression of `n`: at least so many hexadecimal digits."""
+    return " || ".join(f"md5(n || '{letter}')" for letter in "abcdefghijklmnop"[: least // 32 + 1])
 
 
 def run(connection: psycopg.Connection[Any], statement: str) -> None:

@@ -15,7 +15,8 @@ class EntityType:
     `max_bytes`: the greatest size of a state, uncompressed.
     `source`: the query of all keys and states, or None; see `outbox.source`. `derived`: a captured table has it of its
     capture. `follows`: the entity type whose changes it carries to another topic, or None. `reads_source`: a change is
-    published as what the source says of its key, not as the state that was written.
+    published as what the source says of its key, not as the state that was written. `comparison`: when `reconcile`
+    takes two states for the same; see `outbox.equality`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class EntityType:
     derived: bool = False
     follows: str | None = None
     reads_source: bool = False
+    comparison: str | None = None
 
     @property
     def written_as(self) -> str:

@@ -71,9 +71,9 @@ def follow(
     settings = {**followed.topic_settings, **(topic_settings or {})}
     connection.execute(
         f"""INSERT INTO {quote(schema)}.entity_types
-                (name, topic, topic_settings, collapse, max_bytes, source, follows, reads_source)
+                (name, topic, topic_settings, collapse, max_bytes, source, follows, reads_source, comparison)
             SELECT %(name)s, %(topic)s, %(settings)s, t.collapse, t.max_bytes, coalesce(%(source)s, t.source),
-                   t.name, %(source)s::text IS NOT NULL
+                   t.name, %(source)s::text IS NOT NULL, t.comparison
             FROM {quote(schema)}.entity_types t WHERE t.name = %(followed)s""".encode(),
         {"name": name, "topic": topic, "settings": Jsonb(settings), "source": source, "followed": followed.name},
     )
@@ -104,7 +104,8 @@ def switch(connection: Connection, schema: str, name: str, topic: str, *, shards
         connection.execute(f"DELETE FROM {s}.entity_types WHERE name = %s".encode(), [new.name])
         connection.execute(
             f"""UPDATE {s}.entity_types
-                SET topic = %s, topic_settings = %s, source = %s, reads_source = %s, collapse = %s, max_bytes = %s
+                SET topic = %s, topic_settings = %s, source = %s, reads_source = %s, collapse = %s, max_bytes = %s,
+                    comparison = %s
                 WHERE name = %s""".encode(),
             [
                 new.topic,
@@ -113,6 +114,7 @@ def switch(connection: Connection, schema: str, name: str, topic: str, *, shards
                 new.reads_source,
                 new.collapse,
                 new.max_bytes,
+                new.comparison,
                 name,
             ],
         )
@@ -121,8 +123,9 @@ def switch(connection: Connection, schema: str, name: str, topic: str, *, shards
             # entry counts, as it is written.
             connection.execute(
                 f"""INSERT INTO {s}.entity_types
-                        (name, topic, topic_settings, collapse, max_bytes, source, follows, reads_source, complete)
-                    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, true)""".encode(),
+                        (name, topic, topic_settings, collapse, max_bytes, source, follows, reads_source, comparison,
+                         complete)
+                    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, true)""".encode(),
                 [
                     _name(old.topic, types.keys() - {new.name}),
                     old.topic,
@@ -132,6 +135,7 @@ def switch(connection: Connection, schema: str, name: str, topic: str, *, shards
                     old.source,
                     name,
                     old.source is not None and old.collapse,
+                    old.comparison,
                 ],
             )
     return next(of for of in read_types(connection, schema) if of.name == name)

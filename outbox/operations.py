@@ -19,6 +19,7 @@ from alembic.util import DispatchPriority, msg
 from sqlalchemy import exc
 
 from outbox import capture as _capture
+from outbox.equality import check_comparison
 from outbox.errors import (
     CaptureError,
     ConfigError,
@@ -237,12 +238,14 @@ class OutboxAddType:
         collapse: bool = True,
         max_bytes: int = 1_000_000,
         source: str | None = None,
+        comparison: str | None = None,
         schema: str = "outbox",
     ) -> None:
         """Register an entity type; `outbox.entity_type.EntityType` says what the values mean."""
         settings = dict(topic_settings or {}) | ({} if partitions is None else {"partitions": partitions})
         check_settings(settings, where=f'The entity type "{name}"')
         check_type(name, topic=topic, max_bytes=max_bytes)
+        check_comparison(comparison)
         body = f"""
 BEGIN
     IF EXISTS (SELECT FROM {quote(schema)}.entity_types WHERE name = {literal(name)}) THEN
@@ -250,9 +253,9 @@ BEGIN
             HINT = 'Leave this out, or change the type: op.outbox_change_type(...).';
     END IF;
 {_topic_is_free(schema, name, topic)}
-    INSERT INTO {quote(schema)}.entity_types (name, topic, topic_settings, collapse, max_bytes, source)
+    INSERT INTO {quote(schema)}.entity_types (name, topic, topic_settings, collapse, max_bytes, source, comparison)
     VALUES ({literal(name)}, {literal(topic)}, {_json(settings)}, {_bool(collapse)}, {max_bytes},
-            {"NULL" if source is None else literal(source)});
+            {"NULL" if source is None else literal(source)}, {"NULL" if comparison is None else literal(comparison)});
 END
 """
         operations.invoke(_Statements([do(body)], schema=schema))
@@ -273,11 +276,13 @@ class OutboxChangeType:
         collapse: bool | None = None,
         max_bytes: int | None = None,
         source: str | None = None,
+        comparison: str | None = None,
         schema: str = "outbox",
     ) -> None:
         """Change an entity type; what is None stays. `topic_settings` replaces all of them."""
         check_settings(topic_settings or {}, where=f'The entity type "{name}"')
         check_type(name, topic=topic, max_bytes=max_bytes)
+        check_comparison(comparison)
         changes = [
             f"{column} = {text}"
             for column, value, text in (
@@ -286,6 +291,7 @@ class OutboxChangeType:
                 ("collapse", collapse, _bool(bool(collapse))),
                 ("max_bytes", max_bytes, str(max_bytes)),
                 ("source", source, literal(source or "")),
+                ("comparison", comparison, literal(comparison or "")),
             )
             if value is not None
         ]

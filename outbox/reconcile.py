@@ -22,15 +22,16 @@ from pathlib import Path
 
 import psycopg
 
-from outbox.canonical import digest, json_digest
+from outbox.canonical import digest
 from outbox.config import Config
 from outbox.database import Connection
 from outbox.entity_type import EntityType
+from outbox.equality import Equality
 from outbox.errors import ConfigError, NoRelayError
 from outbox.kafka import reader
 from outbox.kafka.reader import Record
 from outbox.kafka.shard_log import read_positions
-from outbox.message import CONTENT_TYPE_HEADER, JSON_CONTENT_TYPE
+from outbox.message import CONTENT_TYPE_HEADER
 from outbox.position import Position
 from outbox.sample import Sample
 from outbox.schema import quote
@@ -38,7 +39,7 @@ from outbox.source import Source, look, run_under
 
 KINDS = ("missing", "stale", "orphaned", "undecodable")
 """A key of the source without a live record; one whose record says something else; a live record without a row; a
-record that is no JSON, though it says so."""
+record that cannot be read as what it says it is."""
 _ROWS_AT_ONCE = 2_000
 _KEYS_AT_ONCE = 1_000
 _LOOKS = 6
@@ -74,18 +75,20 @@ class Report:
 class Comparison:
     """Two sides of a topic, as digests, in a file of its own.
 
-    `topic` has of each key the last record: digests of its JSON value and of its bytes (both null: a tombstone),
-    whether it claims to be JSON, and in which look it came. `source` has of each key the digests of its state.
+    `topic` has of each key the last record: digests of its value and of its bytes (both null: a tombstone), whether it
+    is compared by value (JSON, unless its type says otherwise), and in which look it came. `source` has of each key the
+    digests of its state.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, equality: Equality) -> None:
+        self._equality = equality
         self._database = sqlite3.connect(directory / "reconcile.sqlite", isolation_level=None)
         self._database.executescript(
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; PRAGMA temp_store = FILE;
-            CREATE TABLE records (place INTEGER PRIMARY KEY, key TEXT, value BLOB, bytes BLOB, json INT, look INT);
+            CREATE TABLE records (place INTEGER PRIMARY KEY, key TEXT, value BLOB, bytes BLOB, valued INT, look INT);
             CREATE TABLE rows (key TEXT, value BLOB, bytes BLOB);
-            CREATE TABLE topic (key TEXT PRIMARY KEY, value BLOB, bytes BLOB, json INT, look INT) WITHOUT ROWID;
+            CREATE TABLE topic (key TEXT PRIMARY KEY, value BLOB, bytes BLOB, valued INT, look INT) WITHOUT ROWID;
             CREATE TABLE source (key TEXT PRIMARY KEY, value BLOB, bytes BLOB) WITHOUT ROWID;
             CREATE TABLE again (key TEXT PRIMARY KEY) WITHOUT ROWID;
             CREATE TABLE found (key TEXT PRIMARY KEY, kind TEXT) WITHOUT ROWID;
@@ -103,14 +106,14 @@ class Comparison:
 
     def take_records(self, records: Iterable[Record], look: int) -> None:
         """Take in records of the topic, in order for each key."""
-        self._fill("INSERT INTO records (key, value, bytes, json, look) VALUES (?, ?, ?, ?, ?)",
-                   (_of_record(record, look) for record in records))  # fmt: skip
+        self._fill("INSERT INTO records (key, value, bytes, valued, look) VALUES (?, ?, ?, ?, ?)",
+                   (self._of_record(record, look) for record in records))  # fmt: skip
         # The greatest place is the last record; SQLite takes the other columns of that row. Sorted, so that a table of
         # millions is written from its beginning to its end.
         self._database.executescript(
             """
-            INSERT OR REPLACE INTO topic SELECT key, value, bytes, json, look FROM
-                (SELECT key, value, bytes, json, look, max(place) FROM records GROUP BY key ORDER BY key);
+            INSERT OR REPLACE INTO topic SELECT key, value, bytes, valued, look FROM
+                (SELECT key, value, bytes, valued, look, max(place) FROM records GROUP BY key ORDER BY key);
             DELETE FROM records;
             """
         )
@@ -119,7 +122,8 @@ class Comparison:
         """Take in rows of the source; `of`: they are all that there are of these keys."""
         if of is not None:
             self._fill("DELETE FROM source WHERE key = ?", ((key,) for key in of))
-        made = ((key, None if state is None else json_digest(state), digest(state or b"")) for key, state in rows)
+        value = self._equality.value
+        made = ((key, None if state is None else value(state), digest(state or b"")) for key, state in rows)
         self._fill("INSERT INTO rows (key, value, bytes) VALUES (?, ?, ?)", made)
         self._database.executescript(
             "INSERT OR REPLACE INTO source SELECT key, value, bytes FROM rows ORDER BY key; DELETE FROM rows;"
@@ -132,6 +136,14 @@ class Comparison:
             self._database.executemany(statement, some)
         self._database.execute("COMMIT")
 
+    def _of_record(self, record: Record, look: int) -> tuple[object, ...]:
+        key = (record.key or b"").decode(errors="replace")
+        if record.value is None:
+            return key, None, None, 1, look
+        said = dict(record.headers).get(CONTENT_TYPE_HEADER)
+        valued = self._equality.by_value(None if said is None else said.decode(errors="replace"))
+        return key, self._equality.value(record.value) if valued else None, digest(record.value), int(valued), look
+
     def compare(self, look: int, *, everything: bool) -> None:
         """Compare all keys, or those to be looked at again; which of them are to be looked at once more."""
         among = "" if everything else " AND key IN (SELECT key FROM again)"
@@ -140,12 +152,12 @@ class Comparison:
             DELETE FROM found WHERE 1{among};
             INSERT OR REPLACE INTO found
             SELECT key, CASE WHEN t.key IS NULL OR t.bytes IS NULL THEN 'missing'
-                             WHEN t.json AND t.value IS NULL THEN 'undecodable' ELSE 'stale' END
+                             WHEN t.valued AND t.value IS NULL THEN 'undecodable' ELSE 'stale' END
             FROM source s LEFT JOIN topic t USING (key)
-            WHERE (t.bytes IS NULL OR CASE WHEN t.json THEN t.value IS NOT s.value OR t.value IS NULL
+            WHERE (t.bytes IS NULL OR CASE WHEN t.valued THEN t.value IS NOT s.value OR t.value IS NULL
                                            ELSE t.bytes IS NOT s.bytes END){among}
             UNION ALL
-            SELECT key, CASE WHEN t.json AND t.value IS NULL THEN 'undecodable' ELSE 'orphaned' END
+            SELECT key, CASE WHEN t.valued AND t.value IS NULL THEN 'undecodable' ELSE 'orphaned' END
             FROM topic t WHERE t.bytes IS NOT NULL AND NOT EXISTS (SELECT 1 FROM source s WHERE s.key = t.key){among};
             DELETE FROM again;
             INSERT INTO again SELECT f.key FROM found f JOIN topic t USING (key) WHERE t.look = {look:d};
@@ -185,15 +197,6 @@ class Comparison:
         ).fetchone()
         report.equal = there - report.different - report.moving
         return report
-
-
-def _of_record(record: Record, look: int) -> tuple[object, ...]:
-    key = (record.key or b"").decode(errors="replace")
-    if record.value is None:
-        return key, None, None, 1, look
-    said = dict(record.headers).get(CONTENT_TYPE_HEADER, JSON_CONTENT_TYPE.encode()).decode(errors="replace")
-    is_json = said.partition(";")[0].strip().endswith(("/json", "+json"))
-    return key, json_digest(record.value) if is_json else None, digest(record.value), int(is_json), look
 
 
 class Reconciler:
@@ -379,10 +382,10 @@ class Reconciler:
 
 
 @contextmanager
-def comparison() -> Iterator[Comparison]:
+def comparison(equality: Equality | None = None) -> Iterator[Comparison]:
     """An empty comparison, in a directory that is removed afterwards."""
     with (
         tempfile.TemporaryDirectory(prefix="outbox-reconcile-") as directory,
-        closing(Comparison(Path(directory))) as made,
+        closing(Comparison(Path(directory), equality or Equality())) as made,
     ):
         yield made

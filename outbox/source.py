@@ -1,7 +1,8 @@
 """A type's source: the query of all keys and states, as the domain's tables have them now.
 
-It has the columns `key` and `state`, and may have `headers` and `cause`. Whatever columns it has beside those are the
-ones that the key is made of, as the table has them, in the order of their index:
+It has the columns `key` and `state`, and may have `headers`, `cause` and `content_type` (of a state that is no JSON).
+Whatever columns it has beside those are the ones that the key is made of, as the table has them, in the order of their
+index:
 
     SELECT id::text AS key, to_jsonb(t) AS state, id FROM customer t
 
@@ -24,7 +25,7 @@ from outbox.errors import ConfigError
 from outbox.schema import literal, quote
 
 EXAMPLE = "SELECT id::text AS key, to_jsonb(t) AS state, id FROM customer t"
-_OWN = ("key", "state", "headers", "cause")
+_OWN = ("key", "state", "headers", "cause", "content_type")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,10 @@ class Source:
     def page(self, *, after: bool, where: str | None = None, bare: bool = False, of_shard: str = "") -> str:
         """The query of the next page, in the order of its index; per cent signs are doubled, as psycopg wants it.
 
-        Its columns: key, state in bytes, headers (a JSON object's text) and cause (null where the query has none), and
-        last an array of texts, where the page ended: given as `after_0`, `after_1` ... to the next page. `after`:
-        whether there was one before it. `where`: a condition over the source's columns. `bare`: without the state.
-        `of_shard`: a further condition, over `s.key`. `rows`: how many at the most.
+        Its columns: key, state in bytes, content type, cause, headers (a JSON object's text; these three are null where
+        the query has none), and last an array of texts, where the page ended: given as `after_0`, `after_1` ... to the
+        next page. `after`: whether there was one before it. `where`: a condition over the source's columns. `bare`:
+        without the state. `of_shard`: a further condition, over `s.key`. `rows`: how many at the most.
         """
         conditions = [] if where is None else [f"({_doubled(where)}\n)"]
         if after:
@@ -118,12 +119,12 @@ class Source:
         state = "NULL::bytea"
         if not bare:
             state = "s.state" if there["state"] == "bytea" else "convert_to(s.state::text, 'UTF8')"
-        headers, cause = (f"s.{name}::text" if name in there else "NULL::text" for name in ("headers", "cause"))
-        at = ", ".join(f"s.{quote(column.name)}::text" for column in self.order)
-        return (
-            f"SELECT s.key::text, {state} AS state, {headers} AS headers, {cause} AS cause, ARRAY[{at}] AS at "
-            f"FROM (\n{_doubled(self.query)}\n) AS s"
+        told = ", ".join(
+            f"{f's.{name}' if name in there else 'NULL'}::text AS {name}"
+            for name in ("content_type", "cause", "headers")
         )
+        at = ", ".join(f"s.{quote(column.name)}::text" for column in self.order)
+        return f"SELECT s.key::text, {state} AS state, {told}, ARRAY[{at}] AS at FROM (\n{_doubled(self.query)}\n) AS s"
 
     @property
     def _order(self) -> str:
@@ -195,8 +196,8 @@ def look(connection: Connection, name: str, query: str) -> Source:
     if {"key", "state"} - set(names) or len(set(names)) < len(names):
         raise ConfigError(
             f'The source of the entity type "{name}" has the columns {", ".join(names)}.',
-            cure="It needs key and state, and may have headers and cause, and the columns that the key is made of: "
-            f"{EXAMPLE}.",
+            cure="It needs key and state, and may have headers, cause, content_type, and the columns that the key is "
+            f"made of: {EXAMPLE}.",
         )
     return Source(query, found)
 

@@ -340,8 +340,9 @@ def _row(
     name: str,
     key: str | None,
     state: bytes | None,
-    headers: str | None,
+    content_type: str | None,
     cause: str | None,
+    headers: str | None,
     at: Sequence[str],
     *,
     failure: str | None = None,
@@ -354,7 +355,7 @@ def _row(
     if not usable:
         # The place says which row it is.
         key = f"{NAMELESS}{':'.join(map(str, at))[:200]})"
-    return Row(Entry(0, name, key or "", state, _now_ms(), None, cause, headers), at, failure)
+    return Row(Entry(0, name, key or "", state, _now_ms(), content_type, cause, headers), at, failure)
 
 
 def _now_ms() -> int:

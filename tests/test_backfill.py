@@ -20,7 +20,7 @@ from devstack.kafka import Kafka
 from outbox import capture, reader, requests
 from outbox.capture import Capture
 from outbox.config import Config
-from outbox.kafka.reader import Record
+from outbox.kafka.reader import Record, bounds
 from outbox.relay import Relay
 from outbox.request import Found
 from outbox.sourced import Sources
@@ -127,6 +127,10 @@ def test_a_backfill_that_is_paused_waits_and_goes_on_where_it_was(owner: Owner) 
         assert owner.outcome(number)["rows"] == 5000
     assert len(live(owner.kafka, owner.topic).values) == 5002
     assert len(records(owner.kafka, owner.topic)) == 5002
+
+
+def _reaches(owner: Owner, offsets: int) -> bool:
+    return sum(bounds(owner.kafka.bootstrap, {}, owner.topic)[1].values()) > offsets
 
 
 def _has(owner: Owner, count: int) -> bool:
@@ -336,7 +340,7 @@ def test_a_backfill_under_writers_with_the_relay_killed_is_exact(owner: Owner) -
     """Killed again and again: the topic equals the table, versions only grow, each row comes from the backfill once."""
     owner.sql(
         "TRUNCATE customer",
-        "INSERT INTO customer SELECT n, 'customer ' || n FROM generate_series(1, 60000) n",
+        "INSERT INTO customer SELECT n, 'customer ' || n FROM generate_series(1, 200000) n",
         """CREATE FUNCTION change(one bigint) RETURNS void LANGUAGE sql AS $$
                UPDATE customer SET version = version + 1 WHERE id = one;
                SELECT outbox.put('customer', one::text, to_jsonb(c)) FROM customer c WHERE id = one $$""",
@@ -344,17 +348,18 @@ def test_a_backfill_under_writers_with_the_relay_killed_is_exact(owner: Owner) -
     owner.add_type()
 
     def change(connection: psycopg.Connection, draw: random.Random) -> None:
-        connection.execute("SELECT change(%s)", [draw.choice((draw.randint(1, 200), draw.randint(1, 60_000)))])
+        connection.execute("SELECT change(%s)", [draw.choice((draw.randint(1, 200), draw.randint(1, 200_000)))])
 
-    number = owner.ask()
+    # So slow that it is not over before the last kill.
+    number = owner.ask(rate=20_000)
     with RelayProcess(owner.env, owner.directory / "relay.log") as relay:
         with writing(owner.url, 8, change):
-            for killed in range(10):
+            for killed in range(20):
                 # At a place that differs from kill to kill.
-                eventually(partial(_has, owner, killed * 5_000), seconds=120)
+                eventually(partial(_reaches, owner, killed * 9_000), seconds=120)
                 relay.kill()
                 relay.start()
-            assert owner.outcome(number, seconds=300) == {"rows": 60_000, "refused": 0}
+            assert owner.outcome(number, seconds=300) == {"rows": 200_000, "refused": 0}
         assert relay.stop() == 0
     must(owner.env, "relay", "--until-caught-up")
     assert wrong_in(records(owner.kafka, owner.topic)) == []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bench.__main__
-from bench import document, drain, growth, hot, idle, install, latency, limits, owner
+from bench import backfill, document, drain, growth, hot, idle, install, latency, limits, owner, reconcile
 from bench.__main__ import PARTS, main
 from bench.contender import Contender, prepared
 from bench.measure import turned
@@ -135,6 +135,32 @@ def test_a_small_idle_run_counts_cpu_and_statements(monkeypatch: pytest.MonkeyPa
     assert {one.contender for one in report.series} == {"relay", idle.NOBODY}
     # A relay looks from time to time; one that asked all the time would not be idle.
     assert 0 < report.of("relay", "statements/s in the database")[0] < 100
+
+
+@pytest.mark.acceptance
+def test_a_small_backfill_delivers_every_row_and_times_live_changes_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table once for each round, as many entries by the drain, COPY, and changes of another type meanwhile."""
+    monkeypatch.setattr(latency, "_WARM_SECONDS", 0.2)
+    report = backfill.run(asked("backfill", "drain", "COPY", "live", entries=2000))
+    assert report.of("relay-backfill", "records") == report.of("relay-drain", "records") == [2000]
+    assert {one.contender for one in report.series} == {
+        *("relay-backfill", "relay-drain", "COPY"),
+        *(backfill.ALONE, backfill.BESIDE),
+    }
+    assert 0 < report.of(backfill.BESIDE, "p50")[0] <= report.of(backfill.BESIDE, "p99")[0]
+    assert [(one.name, one.aim) for one in report.ratios if one.aim is not None] == [
+        ("rate: relay-backfill / relay-drain", 1),
+        ("idle p99: beside backfills / alone", 3),
+    ]
+
+
+@pytest.mark.acceptance
+def test_a_small_reconcile_finds_all_equal_and_is_timed_beside_a_consumer() -> None:
+    """Whole processes; a reconcile that found a difference, or a consumer that missed a record, would fail it."""
+    report = reconcile.run(asked("reconcile", "sample", "consumer", entries=2000))
+    assert {one.contender for one in report.series} == set(reconcile.NAMES.values())
+    assert all(report.of(who, "seconds")[0] > 0 for who in reconcile.NAMES.values())
+    assert [one.name for one in report.ratios] == ["time: reconcile / a bare consumer"]
 
 
 @pytest.mark.acceptance

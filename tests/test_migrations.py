@@ -509,6 +509,8 @@ def operate(url: str, operation: str, /, *arguments: Any, **options: Any) -> Non
         ("outbox_change_type", "item", {"topic": "bad topic"}, "cannot be the topic"),
         ("outbox_change_type", "item", {"topic": "other"}, "the topic other carries another entity type"),
         ("outbox_change_type", "item", {"max_bytes": -1}, "cannot have -1 bytes at most"),
+        ("outbox_add_type", "new", {"topic": "t", "comparison": "mine"}, '"mine" is no comparison'),
+        ("outbox_change_type", "item", {"comparison": "a:b:c"}, '"a:b:c" is no comparison'),
         ("outbox_change_type", "item", {}, "is to be changed"),
     ],
 )

@@ -145,6 +145,60 @@ def test_a_sample_of_a_topic_that_is_wrong_says_so(owner: Owner) -> None:
     assert 0.1 < found["sample"]["different_at_most"] < 0.2
 
 
+COMPARISONS = """
+def normal(state: bytes) -> bytes:
+    return b" ".join(sorted(state.decode("ascii").split()))
+
+def broken(state: bytes) -> bytes:
+    raise KeyError("nothing")
+
+def texts(state: bytes) -> str:
+    return state.decode()
+
+number = 5
+"""
+
+
+def test_what_is_no_json_is_compared_as_its_type_says(owner: Owner, tmp_path: Path) -> None:
+    """By its bytes, or by a function of the service's: words whose order says nothing."""
+    (tmp_path / "words.py").write_text(COMPARISONS)
+    owner.env["PYTHONPATH"] = str(tmp_path)
+    source = (
+        "SELECT id::text AS key, convert_to(name, 'UTF8') AS state, 'text/x-words' AS content_type, id FROM customer c"
+    )
+    must(owner.env, "types", "change", "customer", "--source", source)
+    must(owner.env, "backfill", "start", "customer", "--watch")
+    last = {record.key: record for record in records(owner.kafka, owner.topic)}
+    assert {dict(record.headers).get("content-type") for record in last.values()} == {b"text/x-words"}
+    by_hand = Producer({"bootstrap.servers": owner.kafka.bootstrap, "partitioner": "murmur2_random"})
+    for key, value in {"7": b"7 customer", "8": b"\xff", "9": b"customer"}.items():
+        by_hand.produce(owner.topic, value, key.encode(), headers={"outbox-id": b"0", "content-type": b"text/x-words"})
+    assert by_hand.flush(30) == 0
+    assert reconcile(owner)[1]["examples"] == {"stale": ["7", "8", "9"]}
+    must(owner.env, "types", "change", "customer", "--comparison", "words:normal")
+    code, found = reconcile(owner)
+    assert (code, found["examples"]) == (1, {"stale": ["9"], "undecodable": ["8"]})
+    must(owner.env, "types", "change", "customer", "--comparison", "json")
+    assert reconcile(owner)[1]["undecodable"] == 3000
+    must(owner.env, "types", "change", "customer", "--comparison", "bytes")
+    assert reconcile(owner)[1]["examples"] == {"stale": ["7", "8", "9"]}
+    for wrong, said in {
+        "words:broken": "failed: KeyError",
+        "words:texts": "returned a str",
+        "words:number": "no function",
+        "words:missing": "has no missing",
+        "nowhere:normal": "cannot be imported",
+    }.items():
+        must(owner.env, "types", "change", "customer", "--comparison", wrong)
+        told = outbox(owner.env, "reconcile", "customer")
+        assert (told.returncode, said in told.stderr) == (2, True), told.stderr
+    refused = outbox(owner.env, "types", "change", "customer", "--comparison", "words")
+    assert (refused.returncode, "is no comparison" in refused.stderr) == (78, True)
+    must(owner.env, "types", "change", "customer", "--comparison", "content-type")
+    code, found = reconcile(owner, "--repair")
+    assert (code, found["equal"]) == (0, 3000)
+
+
 def test_under_writers_no_false_difference_is_reported(owner: Owner) -> None:
     """Hot keys among them: what never holds still is told as that, and what is on its way is looked at again."""
 

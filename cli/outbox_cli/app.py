@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 
 import click
 
@@ -17,6 +15,7 @@ from outbox.database import Connection
 from outbox.errors import ConfigError
 from outbox.pace import Pace
 from outbox.requests import Asked
+from outbox_cli.loading import load_attribute
 from outbox_cli.settings import Settings, fail, find_type, outbox_row, print_json, printable
 
 # How long the rows of a chunk are locked, about.
@@ -25,26 +24,12 @@ _MOST_ROWS = 10_000
 
 
 def load(name: str) -> AppSource:
-    """What MODULE:ATTRIBUTE names, imported from the working directory as well."""
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise ConfigError(f"{name!r} is no MODULE:ATTRIBUTE.", cure="Write for example: --app shop.outbox:customers")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: object = import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"The module {module} cannot be imported: {error}.",
-            cure="Run it in the service's environment, in the directory that its modules are imported from.",
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(f"The module {module} has no {attribute}.", cure=f"Define it: {attribute} = {EXAMPLE}.")
-        found = getattr(found, part)
+    """What MODULE:ATTRIBUTE names."""
+    found = load_attribute(name, what=f"{name.partition(':')[2]} = {EXAMPLE}", example="--app shop.outbox:customers")
     if not isinstance(found, AppSource):
         raise ConfigError(
-            f"{name} is a {found.__class__.__name__}, no outbox.AppSource.", cure=f"Define it: {attribute} = {EXAMPLE}."
+            f"{name} is a {found.__class__.__name__}, no outbox.AppSource.",
+            cure=f"Define it: {name.partition(':')[2]} = {EXAMPLE}.",
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +14,8 @@ import psycopg
 from outbox import requests
 from outbox.config import Config
 from outbox.database import Connection
-from outbox.errors import OutboxError
+from outbox.errors import ConfigError, OutboxError
+from outbox_cli.loading import load_attribute
 from outbox_cli.settings import (
     ENTITY_TYPE,
     Seconds,
@@ -28,6 +30,7 @@ from outbox_cli.settings import (
 )
 
 if TYPE_CHECKING:
+    from outbox.equality import Equality
     from outbox.reconcile import Comparison, Report
 
 DIFFERENT, NOT_TOLD = 1, 2
@@ -62,9 +65,10 @@ def command(
         config = settings.needs_kafka()
         from outbox.reconcile import Reconciler, comparison
 
-        with settings.connect() as connection, comparison() as found:
+        with settings.connect() as connection, ExitStack() as stack:
             name, shards = outbox_row(connection, config.schema)
             entity_type = find_type(connection, config.schema, type_name)
+            found = stack.enter_context(comparison(_equality(entity_type.comparison)))
 
             def compare() -> Report:
                 reconciler = Reconciler(
@@ -92,6 +96,18 @@ def command(
         fail(DIFFERENT)
     if report.moving:
         fail(NOT_TOLD)
+
+
+def _equality(named: str | None) -> Equality:
+    """What the entity type says of when two states are the same; its function is imported here."""
+    from outbox.equality import BYTES, JSON, Equality
+
+    if named is None or named in {JSON, BYTES}:
+        return Equality(named)
+    normal = load_attribute(named, what="a function of a state's bytes", example="--comparison shop.avro:normal")
+    if not callable(normal):
+        raise ConfigError(f"{named} is a {normal.__class__.__name__}, no function.", cure="Name a function.")
+    return Equality(named, normal)
 
 
 def _repair(

@@ -11,6 +11,7 @@ from psycopg.types.json import Jsonb
 
 from outbox.database import Connection
 from outbox.entity_type import EntityType
+from outbox.equality import check_comparison
 from outbox.errors import ConfigError, UnknownTypeError
 from outbox.schema import quote
 from outbox.topic import check_settings, dead_letters_topic, positions_topic
@@ -41,11 +42,14 @@ def list_(settings: Settings, as_json: bool) -> None:
     """List the entity types."""
     with settings.connect() as connection:
         rows = connection.execute(
-            f"SELECT name, topic, topic_settings, collapse, max_bytes, source, follows, reads_source "
-            f"FROM {quote(settings.config.schema)}.entity_types ORDER BY name".encode()
+            f"SELECT name, topic, topic_settings, collapse, max_bytes, source, follows, reads_source, "
+            f"comparison FROM {quote(settings.config.schema)}.entity_types ORDER BY name".encode()
         ).fetchall()
     if as_json:
-        names = ("name", "topic", "topic_settings", "collapse", "max_bytes", "source", "follows", "reads_source")
+        names = (
+            *("name", "topic", "topic_settings", "collapse", "max_bytes", "source", "follows", "reads_source"),
+            "comparison",
+        )
         print_json([dict(zip(names, row, strict=True)) for row in rows])
         return
     if not rows:
@@ -74,10 +78,21 @@ def _options(function: Any) -> Any:
             click.option("--partitions", type=click.IntRange(1, 100_000), help="Partitions of the topic; default 8."),
             click.option("--topic-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the topic."),
             click.option("--source", help="A query of all keys and states."),
+            click.option(
+                "--comparison",
+                metavar="HOW",
+                help="When reconcile takes two states for the same: json, bytes, MODULE:ATTRIBUTE (a function of "
+                "yours), or content-type: as that says, the default.",
+            ),
         )
     ):
         function = option(function)
     return function
+
+
+def _named(comparison: str | None) -> str | None:
+    """What the table says: null for `content-type`."""
+    return None if comparison == "content-type" else comparison
 
 
 def _topic_settings(name: str, pairs: tuple[str, ...], partitions: int | None) -> dict[str, object]:
@@ -108,6 +123,7 @@ def add(
     partitions: int | None,
     topic_setting: tuple[str, ...],
     source: str | None,
+    comparison: str | None,
     as_json: bool,
 ) -> None:
     """Register an entity type."""
@@ -123,11 +139,12 @@ def add(
         s = quote(settings.config.schema)
         check_topic(connection, s, type_name, topic)
         _check_source(connection, type_name, source)
+        check_comparison(named := _named(comparison))
         try:
             connection.execute(
-                f"INSERT INTO {s}.entity_types (name, topic, topic_settings, collapse, max_bytes, source) "
-                f"VALUES (%s, %s, %s, %s, %s, %s)".encode(),
-                [type_name, topic, Jsonb(extra), collapse is not False, max_bytes or 1_000_000, source],
+                f"INSERT INTO {s}.entity_types (name, topic, topic_settings, collapse, max_bytes, source, comparison) "
+                f"VALUES (%s, %s, %s, %s, %s, %s, %s)".encode(),
+                [type_name, topic, Jsonb(extra), collapse is not False, max_bytes or 1_000_000, source, named],
             )
         except psycopg.errors.UniqueViolation as error:
             raise ConfigError(
@@ -162,14 +179,16 @@ def change(
     partitions: int | None,
     topic_setting: tuple[str, ...],
     source: str | None,
+    comparison: str | None,
     as_json: bool,
 ) -> None:
     """Change an entity type; what is not named stays."""
     extra = _topic_settings(type_name, topic_setting, partitions)
-    if not extra and all(given is None for given in (topic, reads_source, collapse, max_bytes, source)):
+    if not extra and all(given is None for given in (topic, reads_source, collapse, max_bytes, source, comparison)):
         raise click.UsageError("Say what is to change: see outbox types change --help.")
     with settings.connect() as connection:
         _check_source(connection, type_name, source)
+        check_comparison(named := _named(comparison))
         if reads_source:
             _check_reads(find_type(connection, settings.config.schema, type_name), source)
         if topic is not None:
@@ -178,9 +197,13 @@ def change(
             f"""UPDATE {quote(settings.config.schema)}.entity_types
                 SET topic = coalesce(%s, topic), topic_settings = topic_settings || %s,
                     collapse = coalesce(%s, collapse), max_bytes = coalesce(%s, max_bytes),
-                    source = coalesce(%s, source), reads_source = coalesce(%s, reads_source)
+                    source = coalesce(%s, source), reads_source = coalesce(%s, reads_source),
+                    comparison = CASE WHEN %s THEN %s ELSE comparison END
                 WHERE name = %s RETURNING name, topic""".encode(),
-            [topic, Jsonb(extra), collapse, max_bytes, source, reads_source, type_name],
+            [
+                *(topic, Jsonb(extra), collapse, max_bytes, source, reads_source),
+                *(comparison is not None, named, type_name),
+            ],
         ).fetchone()
     if row is None:
         raise _unknown(type_name)

@@ -48,8 +48,11 @@ CREATE TABLE {schema}.entity_types (
     collapse       boolean     NOT NULL DEFAULT true,
     -- Greatest size of a state, bytes, uncompressed. The default is a little under Kafka's max.message.bytes.
     max_bytes      integer     NOT NULL DEFAULT 1000000 CHECK (max_bytes BETWEEN 1 AND 100000000),
-    -- A query with the columns key and state (and headers, cause), or null. For backfill, replay and reconcile.
+    -- A query with the columns key and state (and headers, cause, content_type), or null: for backfill, replay, reconcile.
     source         text,
+    -- When reconcile takes two states for the same: json (as values), bytes, a Python function (MODULE:ATTRIBUTE), or
+    -- null: as their content type says.
+    comparison     text        CHECK (comparison IN ('json', 'bytes') OR comparison ~ '^[^:]+:[^:]+$'),
     -- The entity type whose changes this one follows, or null: it has no entries of its own, and carries the same
     -- entities to another topic. Of a follower there is no follower.
     follows        text        REFERENCES {schema}.entity_types CHECK (follows <> name),
