@@ -147,7 +147,7 @@ def test_a_sample_of_a_topic_that_is_wrong_says_so(owner: Owner) -> None:
 
 COMPARISONS = """
 def normal(state: bytes) -> bytes:
-    return b" ".join(sorted(state.decode("ascii").split()))
+    return " ".join(sorted(state.decode("ascii").split())).encode()
 
 def broken(state: bytes) -> bytes:
     raise KeyError("nothing")
