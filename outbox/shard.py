@@ -36,8 +36,8 @@ from outbox.topic_watch import TopicWatch
 
 log = logging.getLogger("outbox.relay")
 
-# What a backfill adds to the latency of live changes, about.
-_PAGE_SECONDS = 0.025
+# What a backfill adds to the latency of live changes, about; and its pages while there are none.
+_PAGE_SECONDS, _QUIET_PAGE_SECONDS = 0.008, 0.15
 
 
 class Did(enum.Enum):
@@ -106,7 +106,7 @@ class Shard:
         self._hold = Hold(self._number, database, open_log, token=token or uuid.uuid4().hex, grace=grace, stop=stop)
         self._topics = TopicWatch(self._number, interval=config.topic_check_interval)
         self._ahead = ReadAhead(read_ahead)
-        self._pace = Pace(budget=_PAGE_SECONDS, most=config.batch_rows)
+        self._pace = Pace(busy=_PAGE_SECONDS, quiet=_QUIET_PAGE_SECONDS, most=config.batch_rows)
         self._paged = 0  # the backfill that the last page was of
         # After a refusal: how many messages go into one transaction, and whether it is watched.
         self._part_size: int | None = None
@@ -409,8 +409,8 @@ class Shard:
                 self._part_size *= 2
         self._part_size, self._watched = None, False
         produced_in, flushed_in, committed_in = spent
-        # Not the commit: what a transaction costs in any case must not make the pages small.
-        unheld = self._paced(batch, batch.seconds + prepared_in + produced_in)
+        # Not the commit, nor the rest of the batch: what costs as much in any case must not make the pages small.
+        unheld = self._paced(batch, batch.found.page_seconds + prepared_in + produced_in)
         step = Step(
             Did.PUBLISHED,
             entries=len(batch.entries),
@@ -445,7 +445,9 @@ class Shard:
         """Whether, once this part is published, the next batch of the same backlog or backfill is to be read."""
         if self._stop() or not plan.ends_with(part):
             return False
-        return batch.cut or (batch.found.more and self._rate(batch) is None)
+        # While changes come, the next page is read after this one is committed: whoever waits is read with it.
+        more = batch.found.more and self._rate(batch) is None and self._pace.quiet(time.monotonic())
+        return batch.cut or more
 
     def _rate(self, batch: Batch) -> float | None:
         paged = batch.found.paged
@@ -454,13 +456,15 @@ class Shard:
     def _paced(self, batch: Batch, seconds: float) -> bool:
         """Tell the pace what a page cost; whether there are more rows, and no rate that holds them back."""
         paged, now = batch.found.paged, time.monotonic()
+        if batch.entries:
+            self._pace.changed(now)
         self._pace.keep(frozenset(request.id for request in batch.requests))
         if paged is None:
             return False
         self._paged = paged.request
         scanned = batch.found.scanned
         rows = len(batch.found.page) if scanned is None else scanned
-        self._pace.took(paged.request, rows, seconds, self._rate(batch), now)
+        self._pace.took(paged.request, rows, seconds, self._rate(batch), now, asked=paged.rows)
         return batch.found.more and self._rate(batch) is None
 
     def _commit(self, kafka: Log, part: Part, lsn: str, *, ahead: bool = False) -> tuple[float, float, float]:

@@ -131,8 +131,10 @@ def shares(batch: Batch, dead: Mapping[Entity, int]) -> list[Share]:
         elif found.paged is not None and found.paged.request == request.id:
             # Of a history every entry is meant, and what the batch has of the key is a later one.
             of_history = request.kind == "history"
-            left_out = frozenset(
-                n for n, row in enumerate(found.page) if not of_history and _entity(row.entry) in in_batch
+            left_out = (
+                frozenset()
+                if of_history or not in_batch
+                else frozenset(n for n, row in enumerate(found.page) if _entity(row.entry) in in_batch)
             )
             share = Share(request, found.page, before, not found.more, left_out, source=found.source, end=found.end)
             taken.append(share)

@@ -24,7 +24,7 @@ from outbox.errors import ConfigError, DatabaseError, DatabaseUnavailableError
 from outbox.key import MAX_KEY_BYTES
 from outbox.request import NAMELESS, Entity, Found, Page, Row, Wanted
 from outbox.schema import quote
-from outbox.source import Source, joined, look, run_under
+from outbox.source import Source, joined, look, run_under, set_locally
 
 # What a smaller page may be free of: errors of a row, by their SQLSTATE classes (data, cardinality, a constraint of a
 # domain, RAISE).
@@ -37,10 +37,16 @@ _LOCK_MS = 250
 # The keys of so many entries are looked up at once: few at first, then as many as they are small and quick.
 _LIVE_LEAST, _LIVE = 50, 2_000
 _LIVE_SECONDS = 1.0
+# A key of so many characters fits, whatever they are.
+_SURELY_SHORT = MAX_KEY_BYTES // 4
 # Of so many rows it is looked at whether the key is made of the columns that it is said to be made of.
 _SAMPLE = 100
-# What the relay's session has switched off for its own queries.
-_PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_incremental_sort")
+# What the relay's session has switched off for its own queries, and how long a lock is waited for.
+_GRANTED = {
+    **dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_incremental_sort"), "on"),
+    "plan_cache_mode": "auto",
+    "lock_timeout": str(_LOCK_MS),
+}
 
 
 class _UnreadableError(Exception):
@@ -87,7 +93,7 @@ class Sources:
         errors: dict[str, str] = dict(found.errors)
         later: set[str] = set()
         current: list[Row] = []
-        page, identity, more = found.page, found.source, found.more
+        page, identity, more, page_seconds = found.page, found.source, found.more, found.page_seconds
         elsewhere = self._elsewhere(connection, [*wanted.current, *wanted.retained], types)
         by_type: dict[str, list[str]] = defaultdict(list)
         for name, key in wanted.current:
@@ -103,10 +109,11 @@ class Sources:
             except _UnreadableError as error:
                 errors[name] = str(error)
         if wanted.page is not None and wanted.page.history is None and wanted.page.type not in later:
-            name = wanted.page.type
+            name, began = wanted.page.type, time.monotonic()
             try:
                 source = self._source(connection, name, types)
                 page, identity, more = self._page(connection, source, wanted.page, types[name].written_as)
+                page_seconds = time.monotonic() - began
             except _LaterError:
                 later.add(name)
             except _UnreadableError as error:
@@ -120,6 +127,7 @@ class Sources:
             source=identity,
             paged=wanted.page,
             more=more,
+            page_seconds=page_seconds,
             errors=errors,
             elsewhere=elsewhere,
             looked_for=looked_for,
@@ -205,7 +213,7 @@ class Sources:
             # A row that is looked up by those columns and not found would get a tombstone.
             sample = _ask(connection, known.page(after=False, bare=True), {"rows": _SAMPLE}) if known.made_of else []
             for key, *_, at in sample:
-                if joined(at) not in {key, None}:
+                if joined(_place(at)) not in {key, None}:
                     columns = ", ".join(column.name for column in known.order)
                     raise _UnreadableError(f"its key {key} is not made of {columns}, joined with colons")
             self._known[entity_type.source] = known
@@ -239,7 +247,7 @@ class Sources:
                 if not bare:
                     raise
                 return [self._alone(connection, asked.type, source, bare[0], error)], identity, True
-            return [_row(asked.type, *one) for one in found], identity, len(found) == arguments["rows"]
+            return _made(asked.type, found), identity, len(found) == arguments["rows"]
 
     def _alone(self, connection: Connection, name: str, source: Source, bare: Sequence[Any], error: Exception) -> Row:
         """A row by its key, and why it has no state; the request ends where it is another's that fails."""
@@ -258,7 +266,7 @@ class Sources:
         failure = None
         if arguments is not None:
             try:
-                return [_row(name, *one) for one in _ask(connection, source.rows_of(), arguments)]
+                return _made(name, _ask(connection, source.rows_of(), arguments))
             except _QueryError as error:
                 if not error.of_a_row:
                     raise
@@ -305,10 +313,7 @@ def _identity(source: Source, where: str | None) -> str:
 
 def _prepare(connection: Connection) -> None:
     """Set, until the transaction ends, what the relay grants a source beside `run_under`."""
-    for name in _PLANNER:
-        connection.execute(f"SET LOCAL {name} = on".encode())
-    connection.execute(b"SET LOCAL plan_cache_mode = auto")
-    connection.execute(b"SET LOCAL lock_timeout = %d" % _LOCK_MS)
+    set_locally(connection, _GRANTED)
     # The session's own limit, where it is smaller.
     connection.execute(
         b"SELECT set_config('statement_timeout', least(%d, nullif(setting::int, 0))::text, true)"
@@ -336,6 +341,17 @@ def _ask(connection: Connection, query: str, arguments: Mapping[str, Any]) -> li
     return found
 
 
+def _made(name: str, found: Sequence[Sequence[Any]]) -> list[Row]:
+    now = _now_ms()
+    rows: list[Row] = []
+    for key, state, content_type, cause, headers, at in found:
+        if state is None or not key or len(key) > _SURELY_SHORT:
+            rows.append(_row(name, key, state, content_type, cause, headers, at))
+        else:
+            rows.append(Row(Entry(0, name, key, state, now, content_type, cause, headers), _place(at)))
+    return rows
+
+
 def _row(
     name: str,
     key: str | None,
@@ -343,7 +359,7 @@ def _row(
     content_type: str | None,
     cause: str | None,
     headers: str | None,
-    at: Sequence[str],
+    at: Any,
     *,
     failure: str | None = None,
 ) -> Row:
@@ -352,10 +368,16 @@ def _row(
         failure = f"its key is null, empty or longer than {MAX_KEY_BYTES} bytes"
     elif failure is None and state is None:
         failure = "its state is null"
+    place = _place(at)
     if not usable:
         # The place says which row it is.
-        key = f"{NAMELESS}{':'.join(map(str, at))[:200]})"
-    return Row(Entry(0, name, key or "", state, _now_ms(), content_type, cause, headers), at, failure)
+        key = f"{NAMELESS}{':'.join(map(str, place))[:200]})"
+    return Row(Entry(0, name, key or "", state, _now_ms(), content_type, cause, headers), place, failure)
+
+
+def _place(at: Any) -> Sequence[str]:
+    """Where a page ends after a row: of one column its text is given, of several an array."""
+    return at if isinstance(at, list) else (at,)
 
 
 def _now_ms() -> int:

@@ -105,7 +105,7 @@ def _write(source: AppSource, number: int, schema: str, total: int, *, rate: flo
 
 def _paced(rate: float | None) -> Callable[[], int]:
     """How many rows the next chunk may have, by what the last one took; with a rate it waits until they are due."""
-    pace = Pace(budget=_CHUNK_SECONDS, most=_MOST_ROWS)
+    pace = Pace(busy=_CHUNK_SECONDS, quiet=_CHUNK_SECONDS, most=_MOST_ROWS)
     given = 0
     asked_at = time.monotonic()
 
@@ -113,7 +113,7 @@ def _paced(rate: float | None) -> Callable[[], int]:
         nonlocal given, asked_at
         now = time.monotonic()
         if given:
-            pace.took(0, given, now - asked_at, rate, now)
+            pace.took(0, given, now - asked_at, rate, now, asked=given)
         while not (given := pace.rows(0, rate, time.monotonic())):
             time.sleep(pace.due(time.monotonic()) or 0)
         asked_at = time.monotonic()
