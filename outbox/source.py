@@ -166,6 +166,11 @@ def split_key(key: str, parts: int) -> list[str] | None:
     return found if len(found) == parts and not escaped else None
 
 
+def place_of(at: Any) -> Sequence[str]:
+    """Where a page ends after a row, a text for each column of its order, by the row's last column."""
+    return at if isinstance(at, list) else (at,)
+
+
 def _doubled(query: str) -> str:
     return query.replace("%", "%%")
 

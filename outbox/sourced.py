@@ -24,7 +24,7 @@ from outbox.errors import ConfigError, DatabaseError, DatabaseUnavailableError
 from outbox.key import MAX_KEY_BYTES
 from outbox.request import NAMELESS, Entity, Found, Page, Row, Wanted
 from outbox.schema import quote
-from outbox.source import Source, joined, look, run_under, set_locally
+from outbox.source import Source, joined, look, place_of, run_under, set_locally
 
 # What a smaller page may be free of: errors of a row, by their SQLSTATE classes (data, cardinality, a constraint of a
 # domain, RAISE).
@@ -213,7 +213,7 @@ class Sources:
             # A row that is looked up by those columns and not found would get a tombstone.
             sample = _ask(connection, known.page(after=False, bare=True), {"rows": _SAMPLE}) if known.made_of else []
             for key, *_, at in sample:
-                if joined(_place(at)) not in {key, None}:
+                if joined(place_of(at)) not in {key, None}:
                     columns = ", ".join(column.name for column in known.order)
                     raise _UnreadableError(f"its key {key} is not made of {columns}, joined with colons")
             self._known[entity_type.source] = known
@@ -348,7 +348,7 @@ def _made(name: str, found: Sequence[Sequence[Any]]) -> list[Row]:
         if state is None or not key or len(key) > _SURELY_SHORT:
             rows.append(_row(name, key, state, content_type, cause, headers, at))
         else:
-            rows.append(Row(Entry(0, name, key, state, now, content_type, cause, headers), _place(at)))
+            rows.append(Row(Entry(0, name, key, state, now, content_type, cause, headers), place_of(at)))
     return rows
 
 
@@ -368,16 +368,11 @@ def _row(
         failure = f"its key is null, empty or longer than {MAX_KEY_BYTES} bytes"
     elif failure is None and state is None:
         failure = "its state is null"
-    place = _place(at)
+    place = place_of(at)
     if not usable:
         # The place says which row it is.
         key = f"{NAMELESS}{':'.join(map(str, place))[:200]})"
     return Row(Entry(0, name, key or "", state, _now_ms(), content_type, cause, headers), place, failure)
-
-
-def _place(at: Any) -> Sequence[str]:
-    """Where a page ends after a row: of one column its text is given, of several an array."""
-    return at if isinstance(at, list) else (at,)
 
 
 def _now_ms() -> int:

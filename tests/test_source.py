@@ -48,7 +48,7 @@ def pages(connection: psycopg.Connection, one: Source, *, rows: int, where: str 
         if not page:
             return found
         found.append(page)
-        after = {f"after_{n}": text for n, text in enumerate(page[-1][-1])}
+        after = {f"after_{n}": text for n, text in enumerate(source.place_of(page[-1][-1]))}
 
 
 @pytest.mark.parametrize(
