@@ -62,6 +62,8 @@ class Snapshot:
 
     def _create(self) -> None:
         self._number += 1
+        # A signal is a row that is captured, too, and the broker makes no topic by itself.
+        self._servers.topics.make(f"{self._id}.public.debezium_signal", partitions=1)
         self._connect.create(
             self._id,
             {
