@@ -28,11 +28,13 @@ def json_digest(text: bytes) -> bytes | None:
 
     Numbers are compared as decimals, exactly: `1`, `1.0` and `1e0` are one value, `0.1` and `0.10000000000000001` two.
     """
-    if not _has_odd_number(text):
-        try:
-            return digest(orjson.dumps(orjson.loads(text), option=orjson.OPT_SORT_KEYS))
-        except (orjson.JSONDecodeError, orjson.JSONEncodeError):
-            pass  # it may be more than orjson takes: nested deeply, a lone surrogate
+    try:
+        quick = orjson.loads(text)
+        # Most texts that look like it have such a number within a string alone, a price or a telephone number say.
+        if not (_may_have_odd_number(text) and _has_float(quick)):
+            return digest(orjson.dumps(quick, option=orjson.OPT_SORT_KEYS))
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+        pass  # it may be more than orjson takes: nested deeply, a lone surrogate
     try:
         value = _plain(json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse))
     except (ValueError, ArithmeticError, RecursionError):
@@ -43,13 +45,26 @@ def json_digest(text: bytes) -> bytes | None:
         return digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _has_odd_number(text: bytes) -> bool:
-    """Whether it may have a number whose text is not the only one of its value.
+def _may_have_odd_number(text: bytes) -> bool:
+    """Whether a number may be in it whose text is not the only one of its value.
 
-    Those have a point or an exponent, are minus zero, or beyond 64 bits.
+    Those have a point or an exponent, or are beyond 64 bits; orjson takes each of them for a float.
     """
     form = text.translate(_FORM)
-    return b"0." in form or b"-0" in text or b"0" * 19 in form
+    return b"0." in form or b"0" * 19 in form
+
+
+def _has_float(value: Any) -> bool:
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, float):
+            return True
+        if isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+    return False
 
 
 def _refuse(name: str) -> Any:
