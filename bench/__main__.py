@@ -120,7 +120,8 @@ def _measured(part: Part, chosen: argparse.Namespace, given: Sequence[str], view
     except _FAILURES as error:
         print(f"{part.name} failed: {error}", file=sys.stderr)
         return False
-    view.result(report.markdown())
+    if not chosen.json:
+        view.result(report.markdown())
     if report.lacks:
         view.step(f"a trial, which does not come into the page: {'; '.join(report.lacks)}")
     view.step(f"kept in {file}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ class Options:
             failed = True
             raise
         finally:
+            # A second Ctrl-C must not end this, and leave gigabytes.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             if failed and not self.keep:
                 # Many gigabytes, from which nobody learns what the logs do not say.
                 for data in directory.glob("*/data"):
@@ -57,3 +60,4 @@ class Options:
                 self.view.step(f"{'the servers' if self.keep else 'the logs'} are kept: {directory}")
             else:
                 shutil.rmtree(directory, ignore_errors=True)
+            signal.signal(signal.SIGINT, before)

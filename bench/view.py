@@ -1,4 +1,4 @@
-"""What a person sees meanwhile, on standard error."""
+"""What a person sees: on standard error meanwhile, on standard output what came of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class View:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._out = Console(quiet=quiet, highlight=False)
         self._began = time.monotonic()
 
     def step(self, text: str) -> None:
@@ -21,4 +22,4 @@ class View:
 
     def result(self, text: str) -> None:
         """Say what came of it."""
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._out.print(text, soft_wrap=True, markup=False)
