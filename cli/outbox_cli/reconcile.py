@@ -59,8 +59,8 @@ def command(
 ) -> None:
     """Compare the topic of an entity type with its source, key by key. Exit 0: equal, 1: different, 2: could not tell.
 
-    Both may change meanwhile: a key that is on its way is looked at again. Exit 2 is also for a server that is away, and
-    for a setting that is wrong: nothing was told. A repair needs a relay that runs.
+    Both may change meanwhile: a key that is on its way is looked at again. Exit 2 is also for a server that is away and
+    for a setting that is wrong. A repair needs a relay that runs.
     """
     try:
         config = settings.needs_kafka()
