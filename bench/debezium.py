@@ -23,6 +23,7 @@ from bench.servers import JVM_TUNING, Servers
 from bench.workload import Load
 from devstack.install import java_program
 from devstack.kafka import LOGGING
+from devstack.postgres import Postgres
 from devstack.processes import LOOPBACK, Child, ServerError, free_port, tail
 
 # As Kafka's own script for it has it (KAFKA_HEAP_OPTS in connect-distributed.sh).
@@ -179,7 +180,41 @@ class Connect:
         wait_for(there, seconds=_ANSWER_SECONDS, what=f"that {name} is {state} (see {self._log})")
 
 
-class Debezium:
+class InWorker:
+    """What is the same of every connector of Debezium's: it runs in the worker alone."""
+
+    _servers: Servers
+    _connect: Connect
+    postgres: Postgres
+
+    def close(self) -> None:
+        """Nothing runs but in the worker."""
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """The worker."""
+        return {"Kafka Connect": self._connect.child.pid} if self._connect.child is not None else {}
+
+    @property
+    def trees(self) -> Mapping[str, int]:
+        """Its PostgreSQL server, and the broker."""
+        return {"PostgreSQL": self.postgres.pid, "Kafka": self._servers.kafka.pid}
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Itself, and the worker that it runs in."""
+        return install.debezium()
+
+    def done(self, load: Load, added: int) -> bool:
+        """A record for each row."""
+        return added >= load.entries
+
+    def details(self) -> Mapping[str, float]:
+        """It tells nothing."""
+        return {}
+
+
+class Debezium(InWorker):
     """One connector; `boundary` (poll or interval) says when Connect ends a transaction."""
 
     exactly_once = True
@@ -279,33 +314,7 @@ class Debezium:
             self._asked = time.monotonic()
             self._connect.states(self._id)
 
-    def close(self) -> None:
-        """Nothing runs but in the worker."""
-
-    @property
-    def pids(self) -> Mapping[str, int]:
-        """The worker."""
-        return {"Kafka Connect": self._connect.child.pid} if self._connect.child is not None else {}
-
-    @property
-    def trees(self) -> Mapping[str, int]:
-        """Its PostgreSQL server, and the broker."""
-        return {"PostgreSQL": self.postgres.pid, "Kafka": self._servers.kafka.pid}
-
     @property
     def insert(self) -> str:
         """As documented, without the delete that usually follows."""
         return "INSERT INTO outbox (aggregatetype, aggregateid, type, payload) VALUES ('thing', %s, 'changed', %s)"
-
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """Itself, and the worker that it runs in."""
-        return install.debezium()
-
-    def done(self, load: Load, added: int) -> bool:
-        """A record for each row."""
-        return added >= load.entries
-
-    def details(self) -> Mapping[str, float]:
-        """It tells nothing."""
-        return {}

@@ -7,12 +7,11 @@ relay's backfill writes: the row as plain JSON, under its id.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 import psycopg
 
-from bench import install, table
-from bench.debezium import BOUNDARIES, THROUGHPUT, Connect
+from bench import table
+from bench.debezium import BOUNDARIES, THROUGHPUT, Connect, InWorker
 from bench.measure import wait_for
 from bench.servers import Servers
 from bench.workload import Load
@@ -25,7 +24,7 @@ _CHUNK = "8192"
 _SIGNALS = "CREATE TABLE debezium_signal (id varchar(42) PRIMARY KEY, type varchar(32) NOT NULL, data text)"
 
 
-class Snapshot:
+class Snapshot(InWorker):
     """A connector of the table's. `incremental`: it runs, and is told to take a snapshot; otherwise it is a new one."""
 
     exactly_once = True
@@ -153,33 +152,7 @@ class Snapshot:
             self._asked = time.monotonic()
             self._connect.states(self._id)
 
-    def close(self) -> None:
-        """Nothing runs but in the worker."""
-
-    @property
-    def pids(self) -> Mapping[str, int]:
-        """The worker."""
-        return {"Kafka Connect": self._connect.child.pid} if self._connect.child is not None else {}
-
-    @property
-    def trees(self) -> Mapping[str, int]:
-        """Its PostgreSQL server, and the broker."""
-        return {"PostgreSQL": self.postgres.pid, "Kafka": self._servers.kafka.pid}
-
     @property
     def insert(self) -> str:
         """A row more: its key and its description."""
         return "INSERT INTO thing (id, version, description) VALUES (substr(%s, 2)::bigint, 0, %s)"
-
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """Itself, and the worker that it runs in."""
-        return install.debezium()
-
-    def done(self, load: Load, added: int) -> bool:
-        """A record for each row."""
-        return added >= load.entries
-
-    def details(self) -> Mapping[str, float]:
-        """It tells nothing."""
-        return {}

@@ -92,9 +92,9 @@ class Found:
 
     `source` identifies what the page was read from; `more`: whether it may go on after the page; `end`: where, if
     that is not after its last row, and `scanned`: how many rows it took, if not as many as it has; `page_seconds`: how
-    long reading it took. `errors`: by type,
-    why its source could not be read. `elsewhere`: entities that were wanted and are another shard's. `looked_for`:
-    those that were wanted. `later`: types whose source could not be read now, and may be soon.
+    long reading it took. `errors`: by type, why its source could not be read. `elsewhere`: entities that were wanted
+    and are another shard's. `looked_for`: those that were wanted. `later`: types whose source could not be read now,
+    and may be soon.
     """
 
     retained: Sequence[Entry] = ()
