@@ -255,6 +255,14 @@ def test_reading_a_missing_topic_says_how_to_make_it(kafka: Kafka, outbox_name: 
         list(reader.read_topic(kafka.bootstrap, {}, f"{outbox_name}-none"))
 
 
+def test_a_topic_just_made_is_read_although_its_leaders_are_being_chosen(kafka: Kafka, outbox_name: str) -> None:
+    with Admin(kafka.bootstrap, {}) as admin:
+        for number in range(5):
+            name = f"{outbox_name}.{number}"
+            admin.create(name, partitions=50, replication_factor=1, settings={"cleanup.policy": "compact"})
+            assert list(reader.read_topic(kafka.bootstrap, {}, name)) == []
+
+
 def test_a_stall_beyond_the_time_limit_fences_without_a_second_holder(kafka: Kafka, topic: str, producer: Make) -> None:
     """Kafka ends a transaction that is older than its limit; a new producer goes on."""
     one = producer(timeout_ms=1_000)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # not in its __all__
 
 from outbox.errors import ConfigError
-from outbox.kafka.faults import AWAY, error_of
+from outbox.kafka.faults import AWAY, UNSETTLED, error_of
 
 log = logging.getLogger("outbox.kafka")
 
@@ -21,6 +22,8 @@ T = TypeVar("T")
 ANSWER_SECONDS = 10.0
 # A call into the client is made in slices of this many seconds: a signal is served between two of them.
 SLICE_SECONDS = 0.5
+# A broker that does not know yet who leads a partition is asked again after so many seconds.
+_AGAIN_SECONDS = 0.05
 
 
 class _Quiet:
@@ -75,6 +78,29 @@ def metadata(
         except KafkaException as exception:
             if error_of(exception).code() not in AWAY or time.monotonic() > deadline or stop():
                 raise
+
+
+def list_offsets(
+    admin: AdminClient, asked: Mapping[TopicPartition, Any], isolation: IsolationLevel = IsolationLevel.READ_COMMITTED
+) -> dict[TopicPartition, Future[Any]]:
+    """Of each partition the offset at an `OffsetSpec`, as futures that are done.
+
+    A partition whose leader was just chosen is asked about again until it answers, at most `ANSWER_SECONDS`.
+    """
+    found: dict[TopicPartition, Future[Any]] = {}
+    left = dict(asked)
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        found.update(admin.list_offsets(left, isolation_level=isolation, request_timeout=ANSWER_SECONDS))
+        left = {place: left[place] for place in left if _unsettled(found[place])}
+        if not left or time.monotonic() > deadline:
+            return found
+        time.sleep(_AGAIN_SECONDS)
+
+
+def _unsettled(future: Future[Any]) -> bool:
+    exception = future.exception()
+    return isinstance(exception, KafkaException) and error_of(exception).code() in UNSETTLED
 
 
 def _on_error(error: KafkaError) -> None:

@@ -59,6 +59,17 @@ AWAY = frozenset(
 )
 """What a call says while nobody answers: the next may succeed."""
 
+UNSETTLED = frozenset(
+    {
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.OFFSET_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+    }
+)
+"""What a broker says of a partition whose leader was just chosen: of a topic just made, or after a restart."""
+
 _FENCED = {
     KafkaError._FENCED,  # noqa: SLF001  librdkafka's local codes are named so
     KafkaError.INVALID_PRODUCER_EPOCH,

@@ -25,7 +25,7 @@ from confluent_kafka import admin as kafka_admin
 from confluent_kafka.admin import AdminClient
 
 from outbox.errors import OutboxError, TopicError
-from outbox.kafka.client import ANSWER_SECONDS, make, metadata
+from outbox.kafka.client import ANSWER_SECONDS, list_offsets, make, metadata
 from outbox.kafka.faults import Fault, error_of, translate, unavailable
 
 _WINDOW = 200
@@ -203,8 +203,7 @@ def _offsets(
     isolation: IsolationLevel = IsolationLevel.READ_COMMITTED,
 ) -> dict[int, int]:
     asked = {TopicPartition(topic, partition): spec for partition in partitions}
-    futures = admin.list_offsets(asked, isolation_level=isolation, request_timeout=ANSWER_SECONDS)
-    return {found.partition: future.result().offset for found, future in futures.items()}
+    return {found.partition: future.result().offset for found, future in list_offsets(admin, asked, isolation).items()}
 
 
 def _person(error: KafkaError) -> OutboxError:
