@@ -11,7 +11,7 @@ VENV := .venv/bin
 export PYTHONPATH := examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock up down status demo test faults bench format lint types clean
+.PHONY: help setup lock up down status demo example test faults bench format lint types clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ status: ## say what `make up` keeps running
 
 demo: setup ## run stock pgbench through the outbox and compare the topics with the tables
 	@$(VENV)/python -m pgbench_demo $(ARGS)
+
+example: setup ## start three services that never call each other, with load and a page; prints its address
+	@$(VENV)/python -m marketplace $(ARGS)
 
 test: setup ## run every check and every test, in order, up to the first failure
 	$(VENV)/ruff format --check

@@ -14,7 +14,7 @@ from typing import NoReturn
 import psycopg
 from confluent_kafka import KafkaException
 
-from bench import backfill, document, drain, growth, hot, idle, latency, owner, reconcile
+from bench import backfill, document, drain, growth, hot, idle, latency, owner, read_model, reconcile
 from bench.options import Options
 from bench.part import ENTRIES, Part
 from bench.view import View
@@ -25,7 +25,7 @@ PARTS: Mapping[str, Part] = {
     one.name: one
     for one in (
         *(drain.PART, hot.PART, latency.PART, owner.PART, growth.PART, idle.PART),
-        *(backfill.PART, reconcile.PART),
+        *(backfill.PART, reconcile.PART, read_model.PART),
     )
 }
 REPORT = "report"

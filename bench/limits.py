@@ -55,15 +55,23 @@ def copy_out(url: str, load: Load, directory: Path) -> Limit:
 
 
 def copy_query(url: str, query: str, rows: int, directory: Path, *, settings: Mapping[str, str] = {}) -> Limit:
-    """`COPY` of a query, of which so many rows are expected, through psql to nowhere.
+    """`COPY` of a query, of which so many rows are expected, through psql to nowhere."""
+    # Of a \copy to a file psql prints the tag; of COPY TO STDOUT it does not.
+    return _psql_copy(url, rf"\copy ({query}) TO '/dev/null' (FORMAT binary)", rows, directory, settings)
 
-    The time is psql's own of the statement, from sending it to the last row; starting and connecting are left out. The
-    CPU is that of the whole psql.
+
+def copy_in(url: str, table: str, file: Path, rows: int, directory: Path) -> Limit:
+    """`COPY` of a file of so many rows, in the text format, into a table, through psql."""
+    return _psql_copy(url, rf"\copy {table} FROM '{file}'", rows, directory, {})
+
+
+def _psql_copy(url: str, copy: str, rows: int, directory: Path, settings: Mapping[str, str]) -> Limit:
+    """The time is psql's own of the statement, from sending it to the last row: starting and connecting are left out.
+
+    The CPU is that of the whole psql.
     """
     log = directory / "copy.log"
     told = log.stat().st_size if log.exists() else 0
-    # Of a \copy to a file psql prints the tag; of COPY TO STDOUT it does not.
-    copy = rf"\copy ({query}) TO '/dev/null' (FORMAT binary)"
     command = [Postgres.bin("psql"), "--no-psqlrc", r"--command=\timing on", f"--command={copy}", url]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {
         "PGOPTIONS": " ".join(f"-c {name}={value}" for name, value in settings.items()),

@@ -161,3 +161,30 @@ class TooManyDeadLettersError(RelayError):
     """So many keys are dead-lettered that the cause is likely not the entries."""
 
     exit_code = 76
+
+
+# -- the read model --------------------------------------------------------------------------------------------
+
+
+class NeedsRebuildError(OutboxError):
+    """The copy is not what the topics and the mapping say, and a person decides."""
+
+    exit_code = 76
+
+
+class ParkedError(OutboxError):
+    """A message that was waited for could not be applied."""
+
+    exit_code = 65
+
+
+class StoreError(OutboxError):
+    """The read model's store answered with an error that trying again does not mend."""
+
+    exit_code = 77
+
+
+class StoreUnavailableError(OutboxError):
+    """The read model's store cannot be reached, is locked, or the connection was cut; trying again may help."""
+
+    exit_code = 69

@@ -111,6 +111,72 @@ EVENTS: Mapping[str, Event] = {
         "stopped, nothing is left half-done; published {entries} entries as {records} records ({dead} dead letters)",
         "The relay ended in order. The numbers are those of this process.",
     ),
+    "read_model.started": Event(
+        logging.INFO, "the read model {model} follows {topics}", "The store is open; what it holds can be served."
+    ),
+    "read_model.assigned": Event(
+        logging.INFO,
+        "the read model {model} applies {places}",
+        "The group has given these partitions to this process, and they are claimed in the store.",
+    ),
+    "read_model.ready": Event(
+        logging.INFO,
+        "the read model {model} has caught up",
+        "It is as far as the topics were when the process started; said once.",
+    ),
+    "read_model.fenced": Event(
+        logging.WARNING,
+        "the read model {model} joins its group again: somebody else has claimed {places}",
+        "This process was away for long, or a rebuild took the copy's place. Nothing was applied twice.",
+    ),
+    "read_model.parked": Event(
+        logging.ERROR,
+        'a message of the read model {model}, key "{key}", was parked: {reason}',
+        "It could not be applied; the rest goes on, and a later state of the key supersedes it. Of a batch the first "
+        "five are said.",
+    ),
+    "read_model.parked_many": Event(
+        logging.ERROR,
+        "of {of} messages of the read model {model} {parked} were parked; outbox read-model parked lists them",
+        "Of one batch, when it is more than are said: the mapping or a table may be wrong rather than the messages.",
+    ),
+    "read_model.kept_unknown": Event(
+        logging.WARNING,
+        "the read model {model} may not ask how long {topic} keeps tombstones, and takes it for a day: {error}",
+        "DescribeConfigs on the topics is denied. Said once.",
+    ),
+    "read_model.rebuild_asked": Event(
+        logging.WARNING,
+        "the read model {model} is to be rebuilt: {why}",
+        "The mapping is another one, a topic was made anew, or it has forgotten what was not read yet.",
+    ),
+    "read_model.rebuilding": Event(
+        logging.WARNING,
+        "the read model {model} is rebuilt beside itself: {why}",
+        "The topics are read from their starts; the copy is kept and served meanwhile.",
+    ),
+    "read_model.swapped": Event(
+        logging.WARNING,
+        "the read model {model} was rebuilt, and took the old one's place; {parked} messages are parked",
+        "One transaction; whoever reads sees the old copy or the new one.",
+    ),
+    "read_model.rebuild_failed": Event(
+        logging.ERROR,
+        "the rebuild of the read model {model} failed, and is tried again: {error} {cure}",
+        "The copy that there is goes on being kept. Mend it: the role may lack CREATE on the schema, or the mapping "
+        "may not fit the messages. It is tried again after a minute or more.",
+    ),
+    "read_model.waiting": Event(
+        logging.WARNING,
+        "the read model {model} waits: {error} {cure}",
+        "Kafka, the store or a topic is away; said once, tried again with growing pauses. The copy can be served.",
+    ),
+    "read_model.resumed": Event(
+        logging.INFO, "the read model {model} goes on", "Kafka and the store answer again, or all topics are there."
+    ),
+    "read_model.stopped": Event(
+        logging.INFO, "the read model {model} stopped, nothing is left half-done", "It ended in order."
+    ),
     "adoption.locked_out": Event(
         logging.WARNING,
         "adoption waits for {blockers} writer(s), try {attempt} of {tries}",

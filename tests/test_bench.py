@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bench.__main__
-from bench import backfill, document, drain, growth, hot, idle, install, latency, limits, owner, reconcile
+from bench import backfill, document, drain, growth, hot, idle, install, latency, limits, owner, read_model, reconcile
 from bench.__main__ import PARTS, main
 from bench.contender import Contender, prepared
 from bench.measure import turned
@@ -348,3 +348,12 @@ def test_the_command_names_the_parts_that_there_are(capsys: pytest.CaptureFixtur
     said = capsys.readouterr().err
     assert all(peer in said for peer in drain.PEERS)
     assert "name it" in said
+
+
+@pytest.mark.acceptance
+def test_a_small_read_model_run_loads_updates_and_times_changes() -> None:
+    """The real command, and a bare consumer with COPY; each in a database that is gone afterwards."""
+    report = read_model.run(asked("model", "limit", entries=2000))
+    assert report.of(read_model.MODEL, read_model.UPDATES)[0] > 0
+    assert 0 < report.of(read_model.MODEL, read_model.P50)[0] <= report.of(read_model.MODEL, read_model.P99)[0]
+    assert [one.aim for one in report.ratios] == [0.5, 1.2]

@@ -127,7 +127,8 @@ def test_kafka_is_needed_by_the_relay_only(wheel: Path) -> None:
     base = [requirement for requirement in needed if "extra ==" not in requirement]
     assert not [requirement for requirement in base if "kafka" in requirement]
     assert [requirement for requirement in needed if "kafka" in requirement and "extra == 'relay'" in requirement]
-    assert set(metadata(wheel).get_all("Provides-Extra") or []) >= {"relay", "all"}
+    assert [requirement for requirement in needed if "kafka" in requirement and "extra == 'read-model'" in requirement]
+    assert set(metadata(wheel).get_all("Provides-Extra") or []) >= {"relay", "read-model", "all"}
 
 
 def test_the_distribution_has_a_name_of_its_own_and_the_version_of_the_code(wheel: Path) -> None:

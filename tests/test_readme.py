@@ -45,13 +45,23 @@ def test_the_five_minute_integration_works_as_it_is_printed(database_url: str, k
         "2": {"id": 2, "name": "Emmy", "city": "Erlangen"},
     }
     assert live(kafka, "shop.price").json == {"tea": {"article": "tea", "cents": 420}}
+    # The other half, beside it.
+    window = ROOT / "examples" / "shop_window" / "copies.py"
+    copied = subprocess.run(
+        [sys.executable, str(window)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert copied.returncode == 0, copied.stderr
+    assert dict(line.split(" ", 1) for line in copied.stdout.splitlines()) == {
+        key: str(state) for key, state in customers.items()
+    }
     # Status, the last command, shows that nothing waits.
     assert re.search(r"^customer +0 +shop.customer +0 ", done.stdout, flags=re.MULTILINE), done.stdout
 
 
 def test_the_python_that_the_readme_shows_is_the_examples() -> None:
     """A snippet that drifts from the file that is run would be worse than none."""
-    sources = (ROOT / "examples/shop/models.py").read_text() + (ROOT / "examples/shop/service.py").read_text()
+    files = ("shop/models.py", "shop/service.py", "shop_window/copies.py")
+    sources = "".join((ROOT / "examples" / file).read_text() for file in files)
     shown = blocks("python")
     assert shown
     for block in shown:

@@ -28,6 +28,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "dead-letters": ("dead_letters", "List, retry or drop what could not be published."),
     "migrate": ("migrate", "Make or upgrade the outbox in a database without Alembic."),
     "prune": ("prune", "Empty the ring slots that nothing needs any more."),
+    "read-model": ("read_model", "Keep and look after a read model, the consumer's half."),
     "reconcile": ("reconcile", "Prove that a topic says what the database says, or mend it."),
     "relay": ("relay", "Publish entries until stopped."),
     "replay": ("replay", "Publish chosen keys again, as they are now."),

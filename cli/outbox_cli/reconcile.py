@@ -30,8 +30,8 @@ from outbox_cli.settings import (
 )
 
 if TYPE_CHECKING:
+    from outbox.comparison import Comparison, Report
     from outbox.equality import Equality
-    from outbox.reconcile import Comparison, Report
 
 DIFFERENT, NOT_TOLD = 1, 2
 
@@ -50,21 +50,42 @@ DIFFERENT, NOT_TOLD = 1, 2
     type=Seconds(0, 86_400),
     default=60.0,
     show_default=True,
-    help="Seconds to wait for the relay to publish what is committed.",
+    help="Seconds to wait for the relay to publish what is committed, or for the read model to apply it.",
+)
+@click.option(
+    "--read-model",
+    "app",
+    metavar="MODULE:ATTRIBUTE",
+    help="Compare this read model of the consuming service with the topic instead.",
 )
 @json_option
 @with_settings
 def command(
-    settings: Settings, type_name: str, repair: bool, sample: int | None, timeout: float, as_json: bool
+    settings: Settings,
+    type_name: str,
+    repair: bool,
+    sample: int | None,
+    timeout: float,
+    app: str | None,
+    as_json: bool,
 ) -> None:
     """Compare the topic of an entity type with its source, key by key. Exit 0: equal, 1: different, 2: could not tell.
 
     Both may change meanwhile: a key that is on its way is looked at again. Exit 2 is also for a server that is away and
     for a setting that is wrong. A repair needs a relay that runs.
     """
+    if app is not None and (repair or sample is not None):
+        raise click.UsageError(
+            "--read-model goes without --repair and --sample; "
+            "mend it: outbox read-model rebuild --app MODULE:ATTRIBUTE."
+        )
     try:
+        if app is not None:
+            _conclude(_of_read_model(app, type_name, timeout), as_json=as_json, sampled=False)
+            return
         config = settings.needs_kafka()
-        from outbox.reconcile import Reconciler, comparison
+        from outbox.comparison import comparison
+        from outbox.reconcile import Reconciler
 
         with settings.connect() as connection, ExitStack() as stack:
             name, shards = outbox_row(connection, config.schema)
@@ -92,11 +113,30 @@ def command(
     except (OutboxError, psycopg.Error, sqlite3.Error, OSError) as error:
         click.echo(f"error: {error}", err=True)
         fail(NOT_TOLD)
-    _show(report, as_json=as_json, sampled=sample is not None)
+    _conclude(report, as_json=as_json, sampled=sample is not None)
+
+
+def _conclude(report: Report, *, as_json: bool, sampled: bool) -> None:
+    """Show what was found; the exit code says it, too."""
+    _show(report, as_json=as_json, sampled=sampled)
     if report.different:
         fail(DIFFERENT)
     if report.moving:
         fail(NOT_TOLD)
+
+
+def _of_read_model(app: str, type_or_topic: str, timeout: float) -> Report:
+    """Compare a read model with its topic."""
+    from outbox.comparison import comparison
+    from outbox.read_model.compare import Comparer
+    from outbox_cli.read_model import load
+
+    model = load(app)
+    follow = model.declared.follow(type_or_topic)
+    model.store.open(model.declared)
+    with comparison() as found:
+        comparer = Comparer(model.declared, model.store, model.settings, follow, seconds=timeout, told=_told())
+        return comparer.run(found)
 
 
 def _equality(named: str | None) -> Equality:
@@ -134,7 +174,7 @@ def _told() -> Callable[[str, int, int | None], None]:
 def _show(report: Report, *, as_json: bool, sampled: bool) -> None:
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
-    from outbox.reconcile import KINDS
+    from outbox.comparison import KINDS
     from outbox.sample import CONFIDENCE, at_most
 
     counts = {kind: getattr(report, kind) for kind in ("equal", *KINDS, "moving")}

@@ -61,7 +61,8 @@ def make(client: Callable[[dict[str, Any]], T], bootstrap: str, passthrough: Map
             raise
         raise ConfigError(
             f"The Kafka client cannot be set up so: {error.str()}.",
-            cure="Correct the table [kafka] of outbox.toml (or OUTBOX_KAFKA_BOOTSTRAP_SERVERS).",
+            cure="Correct the table [kafka] of outbox.toml, or OUTBOX_KAFKA_BOOTSTRAP_SERVERS (of a read model kafka=, "
+            "or bootstrap=).",
         ) from exception
 
 

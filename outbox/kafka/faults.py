@@ -91,11 +91,14 @@ _DENIED = {
     KafkaError.SASL_AUTHENTICATION_FAILED,
     KafkaError._AUTHENTICATION,  # noqa: SLF001  as above
 }
-_NO_TOPIC = {
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001  as above
-    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001  as above
-}
+NO_TOPIC = frozenset(
+    {
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001  as above
+        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001  as above
+    }
+)
+"""What is said of a topic, or a partition, that is not there."""
 
 
 def error_of(exception: KafkaException) -> KafkaError:
@@ -111,7 +114,8 @@ def translate(error: KafkaError, *, committing: bool = False) -> Fault | OutboxE
     if code in _DENIED:
         return BrokerError(
             f"Kafka denied it: {error.str()}.",
-            cure="Check the credentials in the table [kafka] of outbox.toml, and the ACLs of docs/operations.md.",
+            cure="Check the credentials (the table [kafka] of outbox.toml; of a read model kafka=), and the ACLs of "
+            "docs/operations.md (of a read model docs/read-model.md).",
         )
     if code == KafkaError.INVALID_TRANSACTION_TIMEOUT:
         return BrokerError(
@@ -122,7 +126,7 @@ def translate(error: KafkaError, *, committing: bool = False) -> Fault | OutboxE
         return Fenced(error)
     if code in _REFUSED:
         return Refused(error)
-    if code in _NO_TOPIC:
+    if code in NO_TOPIC:
         return TopicError(f"A topic is missing: {error.str()}.", cure="Make it: outbox topics apply.")
     if error.txn_requires_abort():
         return Aborted(error)
@@ -136,5 +140,5 @@ def unavailable(error: KafkaError | None) -> BrokerUnavailableError:
     said = f": {error.str()}" if error is not None else ""
     return BrokerUnavailableError(
         f"Kafka does not answer{said}.",
-        cure="Check that it runs and that OUTBOX_KAFKA_BOOTSTRAP_SERVERS points at it.",
+        cure="Check that it runs and that OUTBOX_KAFKA_BOOTSTRAP_SERVERS (of a read model bootstrap=) points at it.",
     )

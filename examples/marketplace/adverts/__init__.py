@@ -1,0 +1,1 @@
+"""The service `adverts`: owns its data, and publishes it."""

@@ -1,0 +1,1 @@
+"""The service `search`: answers from its own copy of adverts and users."""

@@ -1,0 +1,1 @@
+"""The service `users`: owns its data, and publishes it."""

@@ -1,0 +1,1 @@
+"""The page: a thin aggregator, and the panel."""

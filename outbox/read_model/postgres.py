@@ -1,0 +1,156 @@
+"""A read model in PostgreSQL, by psycopg: new rows come in by COPY."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+import psycopg
+from sqlalchemy import ARRAY, Column, Connection, Engine, Table, Text, any_, create_engine, event, literal, text, types
+from sqlalchemy import exc as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.sql.elements import ColumnElement
+
+from outbox.errors import ConfigError
+from outbox.read_model.dialect import Blame
+from outbox.read_model.rows import Row
+from outbox.read_model.sql import SqlStore
+
+# From so many rows on COPY is faster than INSERT.
+_COPY_FROM = 32
+# SQLSTATEs, or their beginnings. Of the moment: connections, resources (a full disk), an operator, a transaction that
+# is rolled back, a lock, a server that became a standby.
+_OF_A_MOMENT = ("08", "25006", "25P03", "40", "53", "55P03", "57")
+# Data, constraints, sizes, and what functions of the server raise.
+_OF_VALUES = ("21", "22", "23", "54", "P0")
+_CURES = {
+    "28": "Correct the user and the password in the store's URL.",
+    "3D": "Correct the database in the store's URL, or make it.",
+    "42501": "Grant it to the service's role.",
+    "42": "Migrate the service's database: its tables are not what the read model declares.",
+}
+_SECONDS = 30
+
+
+class PostgresStore(SqlStore):
+    """A read model in the service's own PostgreSQL database.
+
+    `url`: libpq's, or SQLAlchemy's `postgresql+psycopg://`. `schema`: where the books are; the service's tables say it
+    themselves. `seconds`: after so long the server ends a transaction whose process does not go on, so that another one
+    can.
+    """
+
+    def __init__(self, url: str, *, schema: str | None = None, seconds: float = _SECONDS) -> None:
+        super().__init__(postgresql.insert, schema=schema)
+        scheme, colon, rest = url.partition("://")
+        if not colon or scheme not in {"postgres", "postgresql", "postgresql+psycopg"}:
+            raise ConfigError("This is no URL of a PostgreSQL database.", cure="Write postgresql://user@host/database.")
+        self._url = f"postgresql+psycopg://{rest}"
+        self._seconds = seconds
+
+    def _connect(self) -> Engine:
+        most = round(self._seconds * 1000)
+        limits = {
+            "idle_in_transaction_session_timeout": most,
+            "statement_timeout": max(most, 600_000),
+            "lock_timeout": most,
+        }
+        engine = create_engine(
+            self._url,
+            json_serializer=lambda value: orjson.dumps(value).decode(),
+            json_deserializer=orjson.loads,
+            pool_pre_ping=True,
+            connect_args={
+                "connect_timeout": 10,
+                "application_name": "outbox-read-model",
+                "options": " ".join(f"-c {name}={value}" for name, value in limits.items()),
+            },
+        )
+
+        def on_error(context: ExceptionContext) -> None:
+            # A server that became a standby stays one: its connections are no use any more.
+            if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
+                context.is_disconnect = True
+
+        event.listen(engine, "handle_error", on_error)
+        return engine
+
+    def alone(self, connection: Connection, what: str) -> None:
+        """See `Dialect.alone`."""
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": self._lock_key(what)})
+
+    def unhurried(self, connection: Connection) -> None:
+        """See `Dialect.unhurried`."""
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+
+    def _lock_key(self, what: str) -> int:
+        digest = blake2b(f"outbox read model {self.declared.name}: {what}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big", signed=True)
+
+    @contextmanager
+    def builder(self) -> Iterator[bool]:
+        """See `Store.builder`: a lock of a session, which goes with it."""
+        with self.translated(), self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            key = {"key": self._lock_key("rebuild")}
+            mine = bool(connection.execute(text("SELECT pg_try_advisory_lock(:key)"), key).scalar())
+            try:
+                yield mine
+            finally:
+                # One that was cut meanwhile has given it back.
+                with suppress(sa.DBAPIError):
+                    if mine and not connection.invalidated:
+                        connection.execute(text("SELECT pg_advisory_unlock(:key)"), key)
+
+    def among(self, column: Column[Any], values: Sequence[Any]) -> ColumnElement[bool]:
+        """See `Dialect.among`."""
+        # A type with a collation cannot be that of an array.
+        kind: types.TypeEngine[Any] = Text() if isinstance(column.type, types.String) else column.type
+        return column == any_(literal(list(values), ARRAY(kind)))
+
+    def insert_rows(self, connection: Connection, table: Table, names: Sequence[str], rows: Sequence[Row]) -> None:
+        """See `Dialect.insert_rows`."""
+        if len(rows) < _COPY_FROM:
+            super().insert_rows(connection, table, names, rows)
+            return
+        dialect = connection.dialect
+        processors = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names]
+        prepare = dialect.identifier_preparer
+        columns = ", ".join(prepare.quote(name) for name in names)
+        driver = connection.connection.driver_connection
+        if not isinstance(driver, psycopg.Connection):
+            raise TypeError("the engine's driver is not psycopg")
+        try:
+            with (
+                driver.cursor() as cursor,
+                cursor.copy(f"COPY {prepare.format_table(table)} ({columns}) FROM STDIN".encode()) as copy,
+            ):
+                for row in rows:
+                    copy.write_row(
+                        [value if made is None else made(value) for made, value in zip(processors, row, strict=True)]
+                    )
+        except psycopg.Error as error:
+            raise sa.DBAPIError(None, None, error, connection_invalidated=driver.closed) from error
+
+    def blame(self, error: BaseException) -> Blame:
+        """See `Dialect.blame`."""
+        state = error.sqlstate if isinstance(error, psycopg.Error) else None
+        if state is None:
+            # The driver's own: it is not connected, or what it was given is no value of its.
+            return "moment" if isinstance(error, psycopg.OperationalError) else "values"
+        if state.startswith(_OF_A_MOMENT):
+            return "moment"
+        return "values" if state.startswith(_OF_VALUES) else "setting"
+
+    def cure(self, error: BaseException) -> str:
+        """See `Dialect.cure`."""
+        state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
+        return next((cure for start, cure in _CURES.items() if state.startswith(start)), "See the server's log.")
+
+    def has_equality(self, column: Column[Any]) -> bool:
+        """See `Dialect.has_equality`."""
+        kind = column.type.dialect_impl(self.engine.dialect)
+        return not isinstance(kind, types.JSON) or isinstance(kind, postgresql.JSONB)
