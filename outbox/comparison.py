@@ -10,18 +10,16 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 from outbox.canonical import digest
 from outbox.equality import Equality
 from outbox.kafka.reader import Record
-from outbox.message import CONTENT_TYPE_HEADER
+from outbox.topic_side import SETTINGS, TopicSide, fill
 
 KINDS = ("missing", "stale", "orphaned", "undecodable")
 """A key of the source without a live record; one whose record says something else; a live record without a row; a
 record that cannot be read as what it says it is."""
-_ROWS_AT_ONCE = 2_000
 _KEYS_AT_ONCE = 1_000
 _EXAMPLES = 20
 
@@ -50,24 +48,21 @@ class Report:
 
 
 class Comparison:
-    """Two sides of a topic, as digests, in a file of its own.
+    """Two sides of a topic, as digests, in files of its own; see `TopicSide`.
 
-    `topic` has of each key the last record: digests of its value and of its bytes (both null: a tombstone; where it has
-    a value, that stands for both), whether it is compared by value (JSON, unless its type says otherwise), and in which
-    look it came. `source` has of each key the digests of its state.
+    `source` has of each key the digests of its state.
     """
 
     def __init__(self, directory: Path, equality: Equality) -> None:
-        self._equality = equality
-        # By content type: there are a few.
-        self._valued: dict[bytes | None, bool] = {}
+        self.equality = equality
+        self.topic_path = directory / "topic.sqlite"
+        self._topic = TopicSide(self.topic_path, equality)
         self._database = sqlite3.connect(directory / "reconcile.sqlite", isolation_level=None)
+        self._database.execute("ATTACH ? AS topics", [str(self.topic_path)])
         self._database.executescript(
-            """
-            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; PRAGMA temp_store = FILE;
-            CREATE TABLE records (place INTEGER PRIMARY KEY, key TEXT, value BLOB, bytes BLOB, valued INT, look INT);
+            f"""
+            {SETTINGS}
             CREATE TABLE rows (key TEXT, value BLOB, bytes BLOB);
-            CREATE TABLE topic (key TEXT PRIMARY KEY, value BLOB, bytes BLOB, valued INT, look INT) WITHOUT ROWID;
             CREATE TABLE source (key TEXT PRIMARY KEY, value BLOB, bytes BLOB) WITHOUT ROWID;
             CREATE TABLE again (key TEXT PRIMARY KEY) WITHOUT ROWID;
             CREATE TABLE found (key TEXT PRIMARY KEY, kind TEXT) WITHOUT ROWID;
@@ -75,58 +70,30 @@ class Comparison:
         )
 
     def close(self) -> None:
-        """Give the file back."""
+        """Give the files back."""
         self._database.close()
+        self._topic.close()
 
     def empty(self) -> None:
         """Begin anew."""
-        for table in ("records", "rows", "topic", "source", "again", "found"):
+        self._topic.empty()
+        for table in ("rows", "source", "again", "found"):
             self._database.execute(f"DELETE FROM {table}")
 
     def take_records(self, records: Iterable[Record], look: int) -> None:
         """Take in records of the topic, in order for each key."""
-        self._fill("INSERT INTO records (key, value, bytes, valued, look) VALUES (?, ?, ?, ?, ?)",
-                   (self._of_record(record, look) for record in records))  # fmt: skip
-        # The greatest place is the last record; SQLite takes the other columns of that row. Sorted, so that a table of
-        # millions is written from its beginning to its end.
-        self._database.executescript(
-            """
-            INSERT OR REPLACE INTO topic SELECT key, value, bytes, valued, look FROM
-                (SELECT key, value, bytes, valued, look, max(place) FROM records GROUP BY key ORDER BY key);
-            DELETE FROM records;
-            """
-        )
+        self._topic.take(records, look)
 
     def take_rows(self, rows: Iterable[tuple[str, bytes | None]], *, of: Sequence[str] | None = None) -> None:
         """Take in rows of the source; `of`: they are all that there are of these keys."""
         if of is not None:
-            self._fill("DELETE FROM source WHERE key = ?", ((key,) for key in of))
-        value = self._equality.value
+            fill(self._database, "DELETE FROM source WHERE key = ?", ((key,) for key in of))
+        value = self.equality.value
         made = ((key, None if state is None else value(state), digest(state or b"")) for key, state in rows)
-        self._fill("INSERT INTO rows (key, value, bytes) VALUES (?, ?, ?)", made)
+        fill(self._database, "INSERT INTO rows (key, value, bytes) VALUES (?, ?, ?)", made)
         self._database.executescript(
             "INSERT OR REPLACE INTO source SELECT key, value, bytes FROM rows ORDER BY key; DELETE FROM rows;"
         )
-
-    def _fill(self, statement: str, rows: Iterable[tuple[object, ...]]) -> None:
-        self._database.execute("BEGIN")
-        taken = iter(rows)
-        while some := list(islice(taken, _ROWS_AT_ONCE)):
-            self._database.executemany(statement, some)
-        self._database.execute("COMMIT")
-
-    def _of_record(self, record: Record, look: int) -> tuple[object, ...]:
-        key = (record.key or b"").decode(errors="replace")
-        if record.value is None:
-            return key, None, None, 1, look
-        said = next((value for name, value in record.headers if name == CONTENT_TYPE_HEADER), None)
-        valued = self._valued.get(said)
-        if valued is None:
-            valued = self._equality.by_value(None if said is None else said.decode(errors="replace"))
-            self._valued[said] = valued
-        value = self._equality.value(record.value) if valued else None
-        # Of the bytes only that there are some counts where there is a value.
-        return key, value, digest(record.value) if value is None else value, int(valued), look
 
     def compare(self, look: int, *, everything: bool) -> None:
         """Compare all keys, or those to be looked at again; which of them are to be looked at once more."""

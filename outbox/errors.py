@@ -22,6 +22,14 @@ class OutboxError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.cure}".rstrip()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _made_again, (self.__class__, self.message, self.cure)
+
+
+def _made_again(kind: type[OutboxError], message: str, cure: str) -> OutboxError:
+    """An error that comes from another process."""
+    return kind(message, cure=cure)
+
 
 # -- the owning service's side ---------------------------------------------------------------------------------
 

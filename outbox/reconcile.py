@@ -1,7 +1,7 @@
 """Reconcile: whether a type's topic says what its source says, key by key, while both change.
 
 1. The topic is read to its end as it is now.
-2. The source is read as of one snapshot, taken after that.
+2. The source is read as of one snapshot, taken after that end was; both are read at the same time.
 3. It is waited until everything that the snapshot sees is published; what the topic got meanwhile is read as well.
 
 Then a key whose last record is not what the source says differs for good - unless the topic got a record of it in step
@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import psycopg
 
@@ -23,14 +24,13 @@ from outbox.database import Connection
 from outbox.entity_type import EntityType
 from outbox.errors import ConfigError, NoRelayError
 from outbox.kafka import reader
-from outbox.kafka.reader import Record
 from outbox.kafka.shard_log import read_positions
 from outbox.position import Position
 from outbox.sample import Sample
 from outbox.schema import quote
 from outbox.source import Source, look, run_under
+from outbox.topic_side import ROWS_AT_ONCE, Reading, beside
 
-_ROWS_AT_ONCE = 2_000
 _LOOKS = 6
 
 Progress = Callable[[str, int, int | None], None]
@@ -80,37 +80,49 @@ class Reconciler:
         """Compare, from the start."""
         comparison.empty()
         self._ends = {}
-        comparison.take_records(self._records(), 0)
         for look_number in range(1, _LOOKS + 1):
             first = look_number == 1
-            with self._snapshot() as snapshot:
-                if first:
-                    comparison.take_rows(self._rows())
-                else:
-                    for keys in comparison.again():
-                        comparison.take_rows(self._rows_of(keys), of=keys)
+            snapshot = self._read_all(comparison) if first else self._read_again(comparison)
             self._wait_published(snapshot)
             self._wait_marked()
-            comparison.take_records(self._records(), look_number)
+            reading = self._reading()
+            comparison.take_records(reading.records(partial(self._tell_topic, reading)), look_number)
             comparison.compare(look_number, everything=first)
             if next(comparison.again(), None) is None:
                 break
         return comparison.report()
 
+    def _read_all(self, comparison: Comparison) -> str:
+        """Read both sides; the snapshot as of which the source was read."""
+        # Its end, before the snapshot is taken.
+        reading = self._reading()
+        with beside(
+            comparison.topic_path, comparison.equality, reading, partial(self._tell_topic, reading)
+        ) as wait_for_topic:
+            with self._snapshot() as snapshot:
+                comparison.take_rows(self._rows())
+            wait_for_topic()
+        return snapshot
+
+    def _read_again(self, comparison: Comparison) -> str:
+        """Read those rows of the source that are to be looked at again."""
+        with self._snapshot() as snapshot:
+            for keys in comparison.again():
+                comparison.take_rows(self._rows_of(keys), of=keys)
+        return snapshot
+
     # -- the topic ---------------------------------------------------------------------------------------------
 
-    def _records(self) -> Iterator[Record]:
+    def _reading(self) -> Reading:
         """What the topic got since it was read last, to its end as it is now."""
         servers = (self._config.kafka_bootstrap_servers, self._config.kafka)
         starts, ends = reader.bounds(*servers, self._type.topic)
         starts = {partition: self._ends.get(partition, start) for partition, start in starts.items()}
         self._ends = dict(ends)
-        total = sum(ends[partition] - start for partition, start in starts.items())
-        for number, record in enumerate(reader.read_between(*servers, self._type.topic, starts, ends)):
-            if number % _ROWS_AT_ONCE == 0:
-                self._told("topic", number, total)
-            if self.sample is None or self.sample.takes(record.key or b""):
-                yield record
+        return Reading(*servers, self._type.topic, starts, ends, self.sample)
+
+    def _tell_topic(self, reading: Reading, read: int) -> None:
+        self._told("topic", read, reading.offsets)
 
     # -- the source --------------------------------------------------------------------------------------------
 
@@ -134,9 +146,9 @@ class Reconciler:
         # A row without a key is no entity: outbox backfill start tells of it.
         with self._connection.cursor() as cursor:
             query = self._source.every(of=self.sample.sql if self.sample is not None else None)
-            rows = cursor.stream(query.encode(), {}, binary=True, size=_ROWS_AT_ONCE)
+            rows = cursor.stream(query.encode(), {}, binary=True, size=ROWS_AT_ONCE)
             for number, (key, state, *_) in enumerate(rows):
-                if number % _ROWS_AT_ONCE == 0:
+                if number % ROWS_AT_ONCE == 0:
                     self._told("source", number, None)
                 if key is None:
                     raise ConfigError(

@@ -120,7 +120,10 @@ class Topic:
         eventually(lambda: self.name not in self._admin.list_topics(timeout=5).topics)
 
     def write(self, states: Mapping[str, Any], *, abort: bool = False, entry_id: int | None = None) -> int:
-        """Write states (None: a tombstone), each under a new id; the last id."""
+        """Write states (None: a tombstone), each under a new id, or under this one; the last id.
+
+        One that is given is an old one, that changes nothing, but for 0, which is of no entry.
+        """
         self.producer.begin_transaction()
         for key, state in states.items():
             number = entry_id
@@ -129,7 +132,7 @@ class Topic:
                 number = self.id
             value = None if state is None else state if isinstance(state, bytes) else orjson.dumps(state)
             self.producer.produce(self.name, value, key, headers=[("outbox-id", b"%d" % number)])
-            if not abort and entry_id is None:
+            if not abort and not entry_id:
                 self.state.pop(key, None)
                 if state is not None:
                     self.state[key] = state
@@ -554,14 +557,14 @@ def applied_in(make_database: Callable[..., str]) -> str:
 
 
 @contextmanager
-def writing_to(topic: Topic) -> Iterator[None]:
+def writing_to(topic: Topic, *, entry_id: int | None = None) -> Iterator[None]:
     """Somebody writes: keys of one message each, and a few hot ones."""
     over = threading.Event()
 
     def write() -> None:
         n = 0
         while not over.wait(0.002):
-            topic.write({f"k{n}": {"n": n}, f"hot{n % 5}": {"n": n}})
+            topic.write({f"k{n}": {"n": n}, f"hot{n % 5}": {"n": n}}, entry_id=entry_id)
             n += 1
 
     writer = threading.Thread(target=write)
@@ -647,9 +650,10 @@ def test_a_frozen_member_that_wakes_up_with_a_batch_applies_nothing_twice(
 ) -> None:
     """Stopped before it applies, beyond its session, and woken after another has applied the same messages.
 
-    One whose store does not ask whether the partition is still its own applies them twice, and so do others after it.
+    They come from no entry, so that nothing but the claim of their partition tells that they are old. One whose store
+    does not ask whether it is still its own applies them twice, and so do others after it.
     """
-    with writing_to(topic), Victim(place, 8, applied_in, topic, tmp_path / "log") as frozen:
+    with writing_to(topic, entry_id=0), Victim(place, 8, applied_in, topic, tmp_path / "log") as frozen:
         eventually(frozen.is_frozen)
         with Victim("never", 1, applied_in, topic, tmp_path / "other", name="-"):
             goes_on(applied_in)

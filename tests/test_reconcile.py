@@ -231,6 +231,9 @@ def test_what_cannot_be_told_is_exit_code_2(owner: Owner, tmp_path: Path) -> Non
         assert told.returncode == 0, told.stderr  # not committed: nothing to wait for
     told = outbox(owner.env, "reconcile", "customer", "--timeout", "1")
     assert (told.returncode, "has not published" in told.stderr) == (2, True)
+    told = outbox(owner.env, "reconcile", "customer", "--timeout", "1", "--json")
+    said = orjson.loads(told.stderr)
+    assert (told.returncode, said["exit_code"], "outbox status" in said["cure"]) == (2, 2, True)
     must(owner.env, "types", "add", "other", "--topic", f"{owner.name}.other")
     told = outbox(owner.env, "reconcile", "other")
     assert (told.returncode, "has no source" in told.stderr) == (2, True)

@@ -44,7 +44,13 @@ def command() -> None:
 @command.command(epilog="Example: outbox backfill start customer --where 'id < 1000' --rate 500 --watch")
 @click.argument("type_name", metavar="TYPE", type=ENTITY_TYPE)
 @click.option("--where", metavar="SQL", help="Only rows of the source for which this holds.")
-@click.option("--key", "keys", multiple=True, metavar="KEY", help="Only these entities; gone ones get a tombstone.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="Only this entity, or several: --key a --key b; gone ones get a tombstone.",
+)
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Rows a second at the most.")
 @click.option(
     "--to-topic",
@@ -58,7 +64,7 @@ def command() -> None:
     help="Write entries here, by the service's own code (an outbox.AppSource); again, it goes on where it was.",
 )
 @click.option("--dry-run", is_flag=True, help="Count what would be published, and ask for nothing.")
-@click.option("--watch", is_flag=True, help="Show a bar until it is done.")
+@click.option("--watch", is_flag=True, help="Show a bar until it is done. Exit 1 when rows were refused.")
 @json_option
 @with_settings
 def start(
@@ -74,7 +80,10 @@ def start(
     watch: bool,
     as_json: bool,
 ) -> None:
-    """Ask the relay for a backfill; it publishes page by page, beside the live changes."""
+    """Ask the relay for a backfill; it publishes page by page, beside the live changes.
+
+    It begins when a relay runs (outbox relay). Asked for and not watched, it exits with 0 at once.
+    """
     _check_options(keys, where, rate, to_topic, source, app)
     if app is not None:
         from outbox_cli.app import run

@@ -13,7 +13,7 @@ import psycopg
 
 from outbox import requests
 from outbox.config import Config
-from outbox.database import Connection
+from outbox.database import Connection, place, translate
 from outbox.errors import ConfigError, OutboxError
 from outbox_cli.loading import load_attribute
 from outbox_cli.settings import (
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from outbox.equality import Equality
 
 DIFFERENT, NOT_TOLD = 1, 2
+
+
+class NotTold(OutboxError):  # noqa: N818  an answer to the question that was asked
+    """Whether they are equal could not be told; here exit code 2, whatever it was."""
+
+    exit_code = NOT_TOLD
 
 
 @click.command(epilog="Example: outbox reconcile customer --repair")
@@ -71,8 +77,10 @@ def command(
 ) -> None:
     """Compare the topic of an entity type with its source, key by key. Exit 0: equal, 1: different, 2: could not tell.
 
-    Both may change meanwhile: a key that is on its way is looked at again. Exit 2 is also for a server that is away and
-    for a setting that is wrong. A repair needs a relay that runs.
+    TYPE needs a source (outbox types change TYPE --source ...). Both sides may change meanwhile: a key that is on its
+    way is looked at again. Exit 2 is also for a server that is away and for a setting that is wrong. A repair needs a
+    relay that runs. What is compared is kept in a file below TMPDIR, about 200 bytes a key at the most; with --sample
+    less, but the whole topic is read all the same.
     """
     if app is not None and (repair or sample is not None):
         raise click.UsageError(
@@ -110,9 +118,16 @@ def command(
                 _repair(config, connection, shards, type_name, found, timeout)
                 before, report = report, compare()
                 click.echo(f"{before.different:,} keys were handed to the relay.", err=True)
-    except (OutboxError, psycopg.Error, sqlite3.Error, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        fail(NOT_TOLD)
+    except OutboxError as error:
+        raise NotTold(error.message, cure=error.cure) from error
+    except psycopg.Error as error:
+        known = translate(error, place(settings.config.database_url))
+        raise NotTold(known.message, cure=known.cure) from error
+    except (sqlite3.Error, OSError) as error:
+        raise NotTold(
+            f"What is compared cannot be kept: {error}.",
+            cure="It needs about 100 bytes a key, and as much again to sort them, in the directory that TMPDIR names.",
+        ) from error
     _conclude(report, as_json=as_json, sampled=sample is not None)
 
 

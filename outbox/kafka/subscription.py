@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Self, cast
 from confluent_kafka import (
     OFFSET_BEGINNING,
     Consumer,
-    IsolationLevel,
     KafkaError,
     KafkaException,
     Message,
@@ -27,7 +26,7 @@ from confluent_kafka import admin as kafka_admin
 from confluent_kafka.admin import AdminClient
 
 from outbox.errors import BrokerError, ConfigError, OutboxError, TopicError
-from outbox.kafka.client import ANSWER_SECONDS, log, make, metadata
+from outbox.kafka.client import ANSWER_SECONDS, list_offsets, log, make, metadata
 from outbox.kafka.faults import AWAY, NO_TOPIC, Fault, error_of, translate, unavailable
 from outbox.kafka.reader import Record
 
@@ -309,11 +308,7 @@ class Subscription:
             return _There()
         with self._translated():
             for name, spec in _ASKED.items():
-                futures = self._admin.list_offsets(
-                    dict.fromkeys(there, spec),
-                    isolation_level=IsolationLevel.READ_COMMITTED,
-                    request_timeout=ANSWER_SECONDS,
-                )
+                futures = list_offsets(self._admin, dict.fromkeys(there, spec))
                 found[name] = {
                     Place(one.topic, one.partition): result.offset for one, result in _results(futures).items()
                 }
