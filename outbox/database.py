@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import psycopg
 from psycopg import errors as pg
@@ -23,6 +23,7 @@ from outbox.errors import (
 )
 
 # What libpq says of a parameter before it has tried to connect.
+_OF_LOGINS = ("password", "authentication", "no pg_hba.conf entry", "not permitted to log in")
 _UNUSABLE = re.compile(r"invalid (\w+ value|port number|integer value|connection option)|root certificate file")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -179,27 +180,29 @@ def _not_connected(error: psycopg.Error, where: str) -> OutboxError:
             f"The database URL (of {where}) cannot be used: {_last(error)}.",
             cure="Correct OUTBOX_DATABASE_URL; the parameters are libpq's.",
         )
-    if any(
-        word in str(error) for word in ("password", "authentication", "no pg_hba.conf entry", "not permitted to log in")
-    ):
+    if is_refused(error) == "login":
         return DatabaseError(
             f"PostgreSQL at {where} refused the login: {_last(error)}.",
             cure="Check the user and the password in OUTBOX_DATABASE_URL.",
         )
-    if 'database "' in str(error) and "does not exist" in str(error):
+    if is_refused(error) == "database":
         return DatabaseError(
             f"PostgreSQL at {where} has no such database: {_last(error)}.",
             cure="Check the database's name in OUTBOX_DATABASE_URL, or create it.",
-        )
-    if 'role "' in str(error) and "does not exist" in str(error):
-        return DatabaseError(
-            f"PostgreSQL at {where} refused the login: {_last(error)}.",
-            cure="Check the user in OUTBOX_DATABASE_URL.",
         )
     return DatabaseUnavailableError(
         f"PostgreSQL at {where} cannot be reached: {_last(error)}.",
         cure="Check that it runs and that OUTBOX_DATABASE_URL points at it.",
     )
+
+
+def is_refused(error: psycopg.Error) -> Literal["login", "database"] | None:
+    """What of a connection the server has refused, which libpq says in words alone; None: it is another error."""
+    said = str(error)
+    gone = "does not exist" in said
+    if any(word in said for word in _OF_LOGINS) or ('role "' in said and gone):
+        return "login"
+    return "database" if 'database "' in said and gone else None
 
 
 def _last(error: psycopg.Error) -> str:

@@ -434,8 +434,8 @@ def _keep_ours(context: AutogenContext, upgrade: UpgradeOps, schemas: Iterable[s
     """Take our own tables out of what autogenerate wants to drop, whatever schema it looked at."""
     del schemas  # ours are known by what is in the database
     connection = context.connection
-    if connection is None:
-        return
+    if connection is None or connection.dialect.name != "postgresql":
+        return  # the database of another part of the service: of a read model in SQLite, for example
     ours: set[tuple[str | None, str]] = set()
     for schema, table, visible, readable in connection.exec_driver_sql(_OURS, execution_options=_PLAIN):
         if table == "alembic_version" and readable:

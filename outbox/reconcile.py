@@ -96,12 +96,11 @@ class Reconciler:
         """Read both sides; the snapshot as of which the source was read."""
         # Its end, before the snapshot is taken.
         reading = self._reading()
-        with beside(
-            comparison.topic_path, comparison.equality, reading, partial(self._tell_topic, reading)
-        ) as wait_for_topic:
+        told = partial(self._tell_topic, reading)
+        with beside(comparison.topic_path, comparison.equality, reading, told) as topic:
             with self._snapshot() as snapshot:
-                comparison.take_rows(self._rows())
-            wait_for_topic()
+                comparison.take_rows(self._rows(topic.look))
+            topic.wait()
         return snapshot
 
     def _read_again(self, comparison: Comparison) -> str:
@@ -142,7 +141,8 @@ class Reconciler:
                     cure="See which row it is: outbox backfill start names it.",
                 ) from error
 
-    def _rows(self) -> Iterator[tuple[str, bytes | None]]:
+    def _rows(self, look: Callable[[], object]) -> Iterator[tuple[str, bytes | None]]:
+        """All rows, or those of the sample; `look` is called now and then, and may raise."""
         # A row without a key is no entity: outbox backfill start tells of it.
         with self._connection.cursor() as cursor:
             query = self._source.every(of=self.sample.sql if self.sample is not None else None)
@@ -150,6 +150,7 @@ class Reconciler:
             for number, (key, state, *_) in enumerate(rows):
                 if number % ROWS_AT_ONCE == 0:
                     self._told("source", number, None)
+                    look()
                 if key is None:
                     raise ConfigError(
                         f'The source of "{self._type.name}" has rows without a key.',

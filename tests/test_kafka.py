@@ -6,15 +6,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
-from confluent_kafka import IsolationLevel, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # exported, but not in its __all__
 
 from devstack.kafka import Kafka
 from outbox.errors import BrokerUnavailableError, ConfigError, TopicError
 from outbox.kafka import reader
 from outbox.kafka.admin import Admin
+from outbox.kafka.client import list_offsets
 from outbox.kafka.faults import Aborted, Fault, Fenced, Refused, Unknown
 from outbox.kafka.producer import TransactionalProducer
 from outbox.kafka.settings import GUARDED, check_passthrough, is_secret
@@ -261,6 +264,50 @@ def test_a_topic_just_made_is_read_although_its_leaders_are_being_chosen(kafka: 
             name = f"{outbox_name}.{number}"
             admin.create(name, partitions=50, replication_factor=1, settings={"cleanup.policy": "compact"})
             assert list(reader.read_topic(kafka.bootstrap, {}, name)) == []
+
+
+class Deaf:
+    """An admin client of a broker that says some times, of each question anew, what an error's code says."""
+
+    def __init__(self, code: int, times: int) -> None:
+        self.asked: list[int] = []
+        self._code, self._times = code, times
+
+    def list_offsets(self, asked: dict[TopicPartition, object], **_: object) -> dict[TopicPartition, Future[int]]:
+        self.asked.append(len(asked))
+        answers: dict[TopicPartition, Future[int]] = {place: Future() for place in asked}
+        for place, answer in answers.items():
+            if place.partition == 1 and len(self.asked) <= self._times:
+                answer.set_exception(KafkaException(KafkaError(self._code)))
+            else:
+                answer.set_result(7)
+        return answers
+
+
+@pytest.mark.parametrize(
+    ("code", "there", "goes_on"),
+    [
+        (KafkaError.NOT_LEADER_FOR_PARTITION, False, True), (KafkaError.LEADER_NOT_AVAILABLE, True, True),
+        (KafkaError.UNKNOWN_TOPIC_OR_PART, True, True), (KafkaError.UNKNOWN_TOPIC_OR_PART, False, False),
+        (KafkaError.TOPIC_AUTHORIZATION_FAILED, True, False),
+    ],
+)  # fmt: skip
+def test_only_a_partition_whose_leader_is_unsettled_is_asked_about_again(code: int, there: bool, goes_on: bool) -> None:
+    """And no other partition with it."""
+    admin: Any = Deaf(code, 2)
+    places = [TopicPartition("t", 0), TopicPartition("t", 1)]
+    found = list_offsets(admin, dict.fromkeys(places), there=there)
+    assert admin.asked == ([2, 1, 1] if goes_on else [2])
+    assert (found[places[0]].result(), found[places[1]].exception() is None) == (7, goes_on)
+
+
+def test_asking_for_offsets_ends_at_its_deadline() -> None:
+    """However long the leader is missing."""
+    admin: Any = Deaf(KafkaError.NOT_LEADER_FOR_PARTITION, 1_000_000)
+    place = TopicPartition("t", 1)
+    found = list_offsets(admin, {place: None}, deadline=time.monotonic() + 0.2)
+    assert isinstance(found[place].exception(), KafkaException)
+    assert len(admin.asked) > 1
 
 
 def test_a_stall_beyond_the_time_limit_fences_without_a_second_holder(kafka: Kafka, topic: str, producer: Make) -> None:

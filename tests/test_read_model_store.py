@@ -30,11 +30,13 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
+    make_url,
     select,
     text,
 )
 
-import outbox.read_model.operations  # noqa: F401  autogenerate knows of the books
+import outbox.operations
+import outbox.read_model.operations  # noqa: F401  autogenerate knows of both: an owner may have read models as well
 from outbox.errors import ConfigError, SchemaError, StoreError, StoreUnavailableError
 from outbox.kafka.subscription import Bounds, Place
 from outbox.read_model import Columns, Copy, Follow, Function, PostgresStore, SqliteStore, Tables, copy_table
@@ -435,6 +437,21 @@ def test_a_server_that_became_a_standby_is_waited_for_over_another_connection(da
     with pytest.raises(StoreUnavailableError, match="read-only"):
         store.know(fingerprint="x")
     store.know(fingerprint="x")
+    store.close()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(("user", "database", "cure"), [("nobody_at_all", None, "user"), (None, "nowhere", "database")])
+def test_a_connection_that_is_refused_is_said_not_waited_for(
+    database_url: str, user: str | None, database: str | None, cure: str
+) -> None:
+    """Trying again does not mend it."""
+    url = make_url(database_url)
+    url = url.set(username=user or url.username, database=database or url.database)
+    store = PostgresStore(url.render_as_string(hide_password=False))
+    with pytest.raises(StoreError, match="does not exist") as caught:
+        store.open(DECLARED)
+    assert f"Correct the {cure}" in caught.value.cure
     store.close()
 
 

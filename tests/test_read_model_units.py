@@ -19,7 +19,20 @@ from typing import Any, Self
 import orjson
 import pytest
 from confluent_kafka import KafkaError, KafkaException
-from sqlalchemy import REAL, BigInteger, Column, DateTime, MetaData, Numeric, Table, Text, select
+from sqlalchemy import (
+    REAL,
+    BigInteger,
+    Column,
+    DateTime,
+    Integer,
+    MetaData,
+    Numeric,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    select,
+)
 
 from outbox.comparison import comparison
 from outbox.errors import (
@@ -43,7 +56,7 @@ from outbox.read_model.consumer import Consumer, Settings
 from outbox.read_model.currency import Currency
 from outbox.read_model.declared import Declared
 from outbox.read_model.model import Running
-from outbox.read_model.rows import maker
+from outbox.read_model.rows import converter, maker
 from outbox.read_model.store import Claim, RefusedError
 from outbox.read_model.transaction import SqlTransaction
 from outbox.wake import Wake
@@ -305,6 +318,24 @@ def test_a_decimal_that_does_not_fit_is_refused_not_cut(column: str, value: Any,
         else:
             with pytest.raises(ValueError, match="decimal places"):
                 made_of({column: how}, {column: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits", "cut"),
+    [
+        (Numeric(6, 2), Decimal("9999.99"), Decimal(10000)), (Numeric(2, 4), Decimal("0.0099"), Decimal("0.01")),
+        (SmallInteger(), 32_767, 32_768), (Integer(), -(2**31), 2**31), (BigInteger(), 2**63 - 1, -(2**63) - 1),
+        (String(3), "äöü", "abcd"),
+        (DateTime(timezone=True), "2026-01-02T12:00:00.123456000Z", "2026-01-02T12:00:00.123456789Z"),
+    ],
+)  # fmt: skip
+def test_what_one_store_would_cut_and_another_refuse_is_refused(kind: Any, fits: Any, cut: Any) -> None:
+    """Before any of them is asked."""
+    table = Table("t", MetaData(), Column("key", Text, primary_key=True), Column("value", kind))
+    make = maker(Columns(table, {"value": lambda change: converter(table.c.value)(change.state)}))
+    assert make(Change("k", fits, 1, 0, None, Raw(0, 0, 0, b"k", b"", [])), 1)[1] is not None
+    with pytest.raises(ValueError, match=r"digits before|bits|characters|microseconds"):
+        make(Change("k", cut, 1, 0, None, Raw(0, 0, 0, b"k", b"", [])), 1)
 
 
 # -- how current ---------------------------------------------------------------------------------------------------
@@ -616,6 +647,70 @@ def test_until_ready_means_rebuilt_where_that_was_asked_for_and_once(
     wake.close()
     assert {row["size"] for _, row in store.rows(both)} == set(range(5))
     assert (len(said(caplog, "read_model.rebuilding")), store.facts().rebuild) == (1, None)
+
+
+def test_until_ready_that_is_ended_before_says_so(log: Log, store: SqliteStore) -> None:
+    """Also when the old copy was ready long ago, and a rebuild is under way."""
+    log.write("k", {"name": "n", "size": 1}, 1)
+    name = Follow("t", Columns(NAMED, {"name": "name"}))
+    with closing(Wake()) as wake:
+        assert a_model(store, name).run(wake, until_ready=True)
+    both = a_model(store, Follow("t", Columns(NAMED, {"name": "name", "size": "size"})))
+    with closing(Wake()) as wake, store.builder() as mine:
+        assert mine  # so that the rebuild waits
+        ended: list[bool] = []
+        thread = threading.Thread(target=lambda: ended.append(both.run(wake, until_ready=True)))
+        thread.start()
+        eventually(lambda: store.facts().rebuild is not None)
+        wake.set()
+        thread.join()
+    assert ended == [False]
+
+
+def test_a_topic_made_anew_that_is_empty_takes_nothing_away(
+    log: Log, store: SqliteStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its owner has yet to fill it: what is served stays until then."""
+    caplog.set_level("INFO", "outbox.read_model")
+    log.write("k", {"old": 1}, 1)
+    with a_model(store).running() as running:
+        running.wait_ready(30)
+        log.records = {place: [] for place in log.records}
+        log.ids = {"t": "another"}
+        eventually(lambda: said(caplog, "read_model.rebuild_failed"))
+        assert "has nothing for it" in said(caplog, "read_model.rebuild_failed")[0]["error"]
+        assert copied(store) == {"k": {"old": 1}}
+    log.write("k", {"new": 1}, 1)
+    with closing(Wake()) as wake:
+        assert a_model(store).run(wake, until_ready=True)
+    assert copied(store) == {"k": {"new": 1}}
+
+
+def test_a_person_may_empty_a_table(log: Log, store: SqliteStore) -> None:
+    """By asking for the rebuild."""
+    log.write("k", {"old": 1}, 1)
+    with closing(Wake()) as wake:
+        assert a_model(store).run(wake, until_ready=True)
+    log.records = {place: [] for place in log.records}
+    log.ids = {"t": "another"}
+    assert a_model(store).rebuild()
+    assert copied(store) == {}
+
+
+def test_who_lags_for_longer_than_tombstones_are_kept_is_rebuilt_without_a_restart(
+    log: Log, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was current once, and has not been since."""
+    log.write("k", {}, 1)
+    now = dt.datetime.now(dt.UTC)
+    made = Consumer(Declared("m", [FOLLOW]), store, Settings("none", check_seconds=0.001), clock=lambda: now)
+    made.open()
+    steps(made, lambda: made.currency.ready)
+    log.write("k", {}, 2)
+    monkeypatch.setattr(made._subscription, "fetch", lambda *_: Fetched())
+    now += dt.timedelta(hours=25)
+    steps(made, lambda: made.rebuild is not None)
+    assert "was last read to its end" in (store.facts().rebuild or "")
 
 
 def test_what_is_away_is_said_once_until_both_answer_again(

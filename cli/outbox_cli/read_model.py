@@ -52,7 +52,8 @@ def load(name: str) -> ReadModel:
 @click.option(
     "--until-ready",
     is_flag=True,
-    help="Catch up with the topics' ends as they are now, do a rebuild that is asked for, then exit 0.",
+    help="Catch up with the topics' ends as they are now, do a rebuild that is asked for, then exit 0. Stopped before: "
+    "exit 130.",
 )
 @click.option("--log-format", type=click.Choice(["auto", "human", "json"]), help="[OUTBOX_LOG_FORMAT]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[OUTBOX_LOG_LEVEL]")
@@ -60,7 +61,7 @@ def load(name: str) -> ReadModel:
 def run(settings: Settings, app: str, until_ready: bool, **flags: Any) -> None:
     """Keep the copy up to date until stopped.
 
-    SIGTERM or Ctrl-C: finish the batch and exit 0; the second time: stop at once.
+    SIGTERM or Ctrl-C: finish the batch and exit 0 (130 with --until-ready); the second time: stop at once.
     """
     settings.add(flags)
     model = load(app)

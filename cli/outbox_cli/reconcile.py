@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def command(
 
     TYPE needs a source (outbox types change TYPE --source ...). Both sides may change meanwhile: a key that is on its
     way is looked at again. Exit 2 is also for a server that is away and for a setting that is wrong. A repair needs a
-    relay that runs. What is compared is kept in a file below TMPDIR, about 200 bytes a key at the most; with --sample
+    relay that runs. What is compared is kept in files below TMPDIR, some 400 bytes a key at the most; with --sample
     less, but the whole topic is read all the same.
     """
     if app is not None and (repair or sample is not None):
@@ -87,37 +88,12 @@ def command(
             "--read-model goes without --repair and --sample; "
             "mend it: outbox read-model rebuild --app MODULE:ATTRIBUTE."
         )
+    signal.signal(signal.SIGTERM, _end)
     try:
         if app is not None:
-            _conclude(_of_read_model(app, type_name, timeout), as_json=as_json, sampled=False)
-            return
-        config = settings.needs_kafka()
-        from outbox.comparison import comparison
-        from outbox.reconcile import Reconciler
-
-        with settings.connect() as connection, ExitStack() as stack:
-            name, shards = outbox_row(connection, config.schema)
-            entity_type = find_type(connection, config.schema, type_name)
-            found = stack.enter_context(comparison(_equality(entity_type.comparison)))
-
-            def compare() -> Report:
-                reconciler = Reconciler(
-                    config,
-                    connection,
-                    entity_type,
-                    name=name,
-                    shards=shards,
-                    told=_told(),
-                    seconds=timeout,
-                    sample=sample,
-                )
-                return reconciler.run(found)
-
-            report = compare()
-            if repair and report.different:
-                _repair(config, connection, shards, type_name, found, timeout)
-                before, report = report, compare()
-                click.echo(f"{before.different:,} keys were handed to the relay.", err=True)
+            report = _of_read_model(app, type_name, timeout)
+        else:
+            report = _of_source(settings, type_name, repair=repair, timeout=timeout, sample=sample)
     except OutboxError as error:
         raise NotTold(error.message, cure=error.cure) from error
     except psycopg.Error as error:
@@ -126,9 +102,46 @@ def command(
     except (sqlite3.Error, OSError) as error:
         raise NotTold(
             f"What is compared cannot be kept: {error}.",
-            cure="It needs about 100 bytes a key, and as much again to sort them, in the directory that TMPDIR names.",
+            cure="It needs some 400 bytes a key in the directory that TMPDIR names.",
         ) from error
     _conclude(report, as_json=as_json, sampled=sample is not None)
+
+
+def _end(number: int, _frame: object) -> None:
+    """End by the way of errors: files and the other process go."""
+    sys.exit(128 + number)
+
+
+def _of_source(settings: Settings, type_name: str, *, repair: bool, timeout: float, sample: int | None) -> Report:
+    """Compare the topic with the type's source; `repair`: until they are the same, as far as the relay can."""
+    config = settings.needs_kafka()
+    from outbox.comparison import comparison
+    from outbox.reconcile import Reconciler
+
+    with settings.connect() as connection, ExitStack() as stack:
+        name, shards = outbox_row(connection, config.schema)
+        entity_type = find_type(connection, config.schema, type_name)
+        found = stack.enter_context(comparison(_equality(entity_type.comparison)))
+
+        def compare() -> Report:
+            reconciler = Reconciler(
+                config,
+                connection,
+                entity_type,
+                name=name,
+                shards=shards,
+                told=_told(),
+                seconds=timeout,
+                sample=sample,
+            )
+            return reconciler.run(found)
+
+        report = compare()
+        if repair and report.different:
+            _repair(config, connection, shards, type_name, found, timeout)
+            before, report = report, compare()
+            click.echo(f"{before.different:,} keys were handed to the relay.", err=True)
+        return report
 
 
 def _conclude(report: Report, *, as_json: bool, sampled: bool) -> None:
@@ -142,11 +155,13 @@ def _conclude(report: Report, *, as_json: bool, sampled: bool) -> None:
 
 def _of_read_model(app: str, type_or_topic: str, timeout: float) -> Report:
     """Compare a read model with its topic."""
-    from outbox.comparison import comparison
-    from outbox.read_model.compare import Comparer
     from outbox_cli.read_model import load
 
+    # What is not installed is said there.
     model = load(app)
+    from outbox.comparison import comparison
+    from outbox.read_model.compare import Comparer
+
     follow = model.declared.follow(type_or_topic)
     model.store.open(model.declared)
     with comparison() as found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # not in its __all__
 
 from outbox.errors import ConfigError
-from outbox.kafka.faults import AWAY, UNSETTLED, error_of
+from outbox.kafka.faults import AWAY, NO_TOPIC, UNSETTLED, error_of
 
 log = logging.getLogger("outbox.kafka")
 
@@ -82,26 +82,36 @@ def metadata(
 
 
 def list_offsets(
-    admin: AdminClient, asked: Mapping[TopicPartition, Any], isolation: IsolationLevel = IsolationLevel.READ_COMMITTED
+    admin: AdminClient,
+    asked: Mapping[TopicPartition, Any],
+    isolation: IsolationLevel = IsolationLevel.READ_COMMITTED,
+    *,
+    there: bool = False,
+    deadline: float | None = None,
 ) -> dict[TopicPartition, Future[Any]]:
     """Of each partition the offset at an `OffsetSpec`, as futures that are done.
 
-    A partition whose leader was just chosen is asked about again until it answers, at most `ANSWER_SECONDS`.
+    A partition whose leader was just chosen is asked about again until it answers, at most `ANSWER_SECONDS` in all, or
+    until `deadline` of `time.monotonic()`. `there`: Kafka has just named the partitions, so that a broker which does
+    not know them will soon.
     """
+    again = UNSETTLED | NO_TOPIC if there else UNSETTLED
+    until = time.monotonic() + ANSWER_SECONDS if deadline is None else deadline
     found: dict[TopicPartition, Future[Any]] = {}
     left = dict(asked)
-    deadline = time.monotonic() + ANSWER_SECONDS
     while True:
-        found.update(admin.list_offsets(left, isolation_level=isolation, request_timeout=ANSWER_SECONDS))
-        left = {place: left[place] for place in left if _unsettled(found[place])}
-        if not left or time.monotonic() > deadline:
+        seconds = max(_AGAIN_SECONDS, until - time.monotonic())
+        found.update(admin.list_offsets(left, isolation_level=isolation, request_timeout=seconds))
+        left = {place: left[place] for place in left if _is_one_of(again, found[place])}
+        if not left or time.monotonic() + _AGAIN_SECONDS > until:
             return found
         time.sleep(_AGAIN_SECONDS)
 
 
-def _unsettled(future: Future[Any]) -> bool:
+def _is_one_of(codes: Collection[int], future: Future[Any]) -> bool:
+    """Whether it has failed so; waits for it."""
     exception = future.exception()
-    return isinstance(exception, KafkaException) and error_of(exception).code() in UNSETTLED
+    return isinstance(exception, KafkaException) and error_of(exception).code() in codes
 
 
 def _on_error(error: KafkaError) -> None:

@@ -59,9 +59,10 @@ def read_topic(
     `BrokerUnavailableError` when Kafka stops answering.
     """
     with _admin(bootstrap, passthrough) as admin:
+        there = partitions is None
         chosen = list(partitions) if partitions is not None else _partitions(admin, topic)
-        ends = _offsets(admin, topic, chosen, _LATEST)
-        starts = _offsets(admin, topic, chosen, _EARLIEST)
+        ends = _offsets(admin, topic, chosen, _LATEST, there=there)
+        starts = _offsets(admin, topic, chosen, _EARLIEST, there=there)
     yield from _read(bootstrap, passthrough, topic, {p: OFFSET_BEGINNING for p in chosen if starts[p] < ends[p]}, ends)
 
 
@@ -89,14 +90,15 @@ def bounds(bootstrap: str, passthrough: Mapping[str, str], topic: str) -> tuple[
     """Of each partition the first offset, and the one below which everything is committed."""
     with _admin(bootstrap, passthrough) as admin:
         partitions = _partitions(admin, topic)
-        ends = _offsets(admin, topic, partitions, _LATEST)
-        return _offsets(admin, topic, partitions, _EARLIEST), ends
+        ends = _offsets(admin, topic, partitions, _LATEST, there=True)
+        return _offsets(admin, topic, partitions, _EARLIEST, there=True), ends
 
 
 def written(bootstrap: str, passthrough: Mapping[str, str], topic: str) -> dict[int, int]:
     """Of each partition the end of what is written, whether or not it is committed."""
     with _admin(bootstrap, passthrough) as admin:
-        return _offsets(admin, topic, _partitions(admin, topic), _LATEST, IsolationLevel.READ_UNCOMMITTED)
+        partitions = _partitions(admin, topic)
+        return _offsets(admin, topic, partitions, _LATEST, IsolationLevel.READ_UNCOMMITTED, there=True)
 
 
 def read_between(
@@ -201,9 +203,12 @@ def _offsets(
     partitions: Sequence[int],
     spec: Any,
     isolation: IsolationLevel = IsolationLevel.READ_COMMITTED,
+    *,
+    there: bool = False,
 ) -> dict[int, int]:
     asked = {TopicPartition(topic, partition): spec for partition in partitions}
-    return {found.partition: future.result().offset for found, future in list_offsets(admin, asked, isolation).items()}
+    futures = list_offsets(admin, asked, isolation, there=there)
+    return {found.partition: future.result().offset for found, future in futures.items()}
 
 
 def _person(error: KafkaError) -> OutboxError:

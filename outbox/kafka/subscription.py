@@ -7,6 +7,7 @@ aborted transactions, which no consumer ever receives.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -306,9 +307,10 @@ class Subscription:
         found: dict[str, dict[Place, int]] = {}
         if not there:
             return _There()
+        deadline = time.monotonic() + ANSWER_SECONDS
         with self._translated():
             for name, spec in _ASKED.items():
-                futures = list_offsets(self._admin, dict.fromkeys(there, spec))
+                futures = list_offsets(self._admin, dict.fromkeys(there, spec), deadline=deadline)
                 found[name] = {
                     Place(one.topic, one.partition): result.offset for one, result in _results(futures).items()
                 }

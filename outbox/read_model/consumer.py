@@ -26,6 +26,8 @@ OnChange = Literal["rebuild", "refuse"]
 _CHECK_SECONDS = 1.0
 _PLACES_SECONDS = 10.0
 _KNOW_SECONDS = 5.0
+# A topic that was not read to its end for so long is late.
+_LATE_SECONDS = 30.0
 _REPORT_SECONDS = 5.0
 _FORGET_SECONDS = 3600.0
 _DAY_MS = 86_400_000
@@ -264,15 +266,8 @@ class Consumer:
                 found.setdefault(place.topic, f"the topic {place.topic} has forgotten what was not read yet")
         for topic in {place.topic for place, claim in claims.items() if claim.offset} - found.keys():
             since = facts.current_at.get(topic, facts.began_at.get(topic))
-            kept = self._tombstones_kept(topic)
-            if since is not None and kept is not None and (self._clock() - since).total_seconds() * 1000 > kept:
-                # It can be gone on with, and must be: what is missing are deletions.
-                read = "was last read to its end" if topic in facts.current_at else "began to be read"
-                self._needs_rebuild(
-                    f"the topic {topic} {read} at {since:%Y-%m-%d %H:%M} UTC, and its tombstones are kept for "
-                    f"{kept / _DAY_MS:g} days",
-                    self._settings.on_outrun,
-                )
+            read = "was last read to its end" if topic in facts.current_at else "began to be read"
+            self._look_at_tombstones(topic, since, read)
         for why in found.values():
             self._needs_rebuild(why, self._settings.on_outrun)
         at = self._clock()
@@ -281,6 +276,18 @@ class Consumer:
             began_at={place.topic: at for place in claims if place.topic not in facts.began_at},
         )
         return set(found)
+
+    def _look_at_tombstones(self, topic: str, since: dt.datetime | None, read: str) -> None:
+        """Ask for a rebuild where deletions may be gone that were not read; what there is can be gone on with."""
+        if since is None:
+            return
+        kept, age_ms = self._tombstones_kept(topic), (self._clock() - since).total_seconds() * 1000
+        if kept is not None and age_ms > kept:
+            self._needs_rebuild(
+                f"the topic {topic} {read} at {since:%Y-%m-%d %H:%M} UTC, and its tombstones are kept for "
+                f"{kept / _DAY_MS:g} days",
+                self._settings.on_outrun,
+            )
 
     def _tombstones_kept(self, topic: str) -> float | None:
         """How long, in milliseconds; Kafka's default where it may not be asked."""
@@ -349,6 +356,10 @@ class Consumer:
         elif self._missing and not missing:
             emit(log, "read_model.resumed", model=self._declared.name)
         self._missing = missing
+        for topic, since in self.currency.current_at.items():
+            # It lags, or Kafka was away for long.
+            if topic in there - self._left_out and (self._clock() - since).total_seconds() > _LATE_SECONDS:
+                self._look_at_tombstones(topic, since, "was last read to its end")
         if new := _made_anew(subscription.identities(), facts) - self._left_out:
             # Whoever joins looks at what it is given, and asks for what is to be done.
             self._left_out |= new

@@ -85,8 +85,9 @@ class ReadModel:
     # -- running -----------------------------------------------------------------------------------------------
 
     def run(self, wake: Wake, *, running: Running | None = None, until_ready: bool = False) -> bool:
-        """Keep it up to date until `wake` is set, or it is ready and no rebuild is asked for; whether it is ready.
+        """Keep it up to date until `wake` is set; or `until_ready`, until it is, and no rebuild is asked for any more.
 
+        Whether it got there: False when `wake` ended it.
         Raises errors that trying again does not mend.
         """
         consumer = Consumer(
@@ -94,6 +95,7 @@ class ReadModel:
         )
         patience = _Patience(self.declared.name, wake)
         rebuilder: _Rebuilder | None = None
+        there = False
         try:
             while not wake.is_set and not patience.does(consumer.open):
                 pass
@@ -118,6 +120,7 @@ class ReadModel:
                 elif consumer.rebuild is not None:
                     rebuilder = _Rebuilder(self, wake, consumer.rebuild, again=not until_ready)
                 elif until_ready and consumer.currency.ready:
+                    there = True
                     break
         finally:
             if rebuilder is not None:
@@ -125,7 +128,7 @@ class ReadModel:
                 rebuilder.join()
             consumer.close()
             emit(log, "read_model.stopped", model=self.declared.name)
-        return consumer.currency.ready
+        return there
 
     @contextmanager
     def running(self) -> Iterator[Running]:
@@ -172,7 +175,8 @@ class ReadModel:
         self.store.open(self.declared)
         own = wake or Wake()
         try:
-            return Rebuild(self.declared, self.store, self.settings, told=told).run(own, why="asked for by a person")
+            rebuild = Rebuild(self.declared, self.store, self.settings, may_empty=True, told=told)
+            return rebuild.run(own, why="asked for by a person")
         finally:
             if wake is None:
                 own.close()

@@ -15,6 +15,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.sql.elements import ColumnElement
 
+from outbox.database import is_refused
 from outbox.errors import ConfigError
 from outbox.read_model.dialect import Blame
 from outbox.read_model.rows import Row
@@ -33,6 +34,8 @@ _CURES = {
     "42501": "Grant it to the service's role.",
     "42": "Migrate the service's database: its tables are not what the read model declares.",
 }
+# What the server says of a connection comes without its code.
+_REFUSED = {"login": "28", "database": "3D"}
 _SECONDS = 30
 
 
@@ -140,6 +143,8 @@ class PostgresStore(SqlStore):
         state = error.sqlstate if isinstance(error, psycopg.Error) else None
         if state is None:
             # The driver's own: it is not connected, or what it was given is no value of its.
+            if isinstance(error, psycopg.Error) and is_refused(error):
+                return "setting"
             return "moment" if isinstance(error, psycopg.OperationalError) else "values"
         if state.startswith(_OF_A_MOMENT):
             return "moment"
@@ -147,7 +152,9 @@ class PostgresStore(SqlStore):
 
     def cure(self, error: BaseException) -> str:
         """See `Dialect.cure`."""
-        state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
+        if not isinstance(error, psycopg.Error):
+            return "See the server's log."
+        state = error.sqlstate or _REFUSED.get(is_refused(error) or "", "")
         return next((cure for start, cure in _CURES.items() if state.startswith(start)), "See the server's log.")
 
     def has_equality(self, column: Column[Any]) -> bool:

@@ -45,12 +45,20 @@ class Rebuild:
     """One rebuild of a read model."""
 
     def __init__(
-        self, declared: Declared, store: Store, settings: Settings, *, told: Progress = lambda _done, _of: None
+        self,
+        declared: Declared,
+        store: Store,
+        settings: Settings,
+        *,
+        may_empty: bool = False,
+        told: Progress = lambda _done, _of: None,
     ) -> None:
+        """`may_empty`: a person has asked for it, who may want a table to be empty."""
         self._declared = declared
         self._store = store
         self._settings = settings
         self._told = told
+        self._may_empty = may_empty
         self._said = ""
         self._pause = 0.1
         self._anew()
@@ -239,7 +247,13 @@ class Rebuild:
         anew = {topic for topic, identity in identities.items() if facts.topic_ids.get(topic, identity) != identity}
         anew |= {place.topic for place, bound in bounds.items() if live.get(place, 0) > bound.end}
         current_at = dict.fromkeys(identities, self._current_at) if self._current_at else {}
-        behind = self._store.swap(self._declared.fingerprint, anew=anew, topic_ids=identities, current_at=current_at)
+        behind = self._store.swap(
+            self._declared.fingerprint,
+            anew=anew,
+            topic_ids=identities,
+            current_at=current_at,
+            may_empty=self._may_empty,
+        )
         if not behind:
             emit(log, "read_model.swapped", model=self._declared.name, parked=parked)
             return True

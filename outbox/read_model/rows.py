@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
@@ -17,6 +18,7 @@ Row = tuple[Any, ...]
 """The values of the columns that `into.columns` names."""
 # The usual context rounds to 28 digits.
 _EXACT = Context(prec=100_000)
+_NANOSECONDS = re.compile(r"\.\d{6}\d*[1-9]")
 
 
 def maker(into: Copy | Columns) -> Callable[[Change, int], Row]:
@@ -97,7 +99,11 @@ def _decimal(value: Any) -> Decimal:
 
 
 def _moment(value: Any) -> dt.datetime:
-    return value if isinstance(value, dt.datetime) else dt.datetime.fromisoformat(value)
+    if isinstance(value, dt.datetime):
+        return value
+    if _NANOSECONDS.search(value):
+        raise ValueError(f"{value} has more than microseconds, which are all that is kept")
+    return dt.datetime.fromisoformat(value)
 
 
 def _fit(column: Column[Any]) -> Convert:
@@ -105,11 +111,29 @@ def _fit(column: Column[Any]) -> Convert:
     kind = column.type
     if isinstance(kind, types.DateTime):
         return _in_utc if kind.timezone else _without_zone
+    if isinstance(kind, types.Integer):
+        bits = 16 if isinstance(kind, types.SmallInteger) else 64 if isinstance(kind, types.BigInteger) else 32
+        return lambda value: _within_bits(value, bits)
     if isinstance(kind, types.Numeric) and not isinstance(kind, types.Float):
         # NUMERIC(10) has no fraction; NUMERIC has any.
         places = kind.scale if kind.scale is not None or kind.precision is None else 0
-        return _same if places is None else lambda value: _within(value, places)
+        return _same if places is None else lambda value: _within(value, places, kind.precision)
+    if isinstance(kind, types.String) and not isinstance(kind, types.Enum) and kind.length is not None:
+        longest = kind.length
+        return lambda value: _no_longer(value, longest)
     return _same
+
+
+def _within_bits(value: Any, bits: int) -> Any:
+    if isinstance(value, int) and not -(1 << bits - 1) <= value < 1 << bits - 1:
+        raise ValueError(f"{value} is no integer of {bits} bits")
+    return value
+
+
+def _no_longer(value: Any, longest: int) -> Any:
+    if isinstance(value, str) and len(value) > longest:
+        raise ValueError(f"it has {len(value)} characters, and {longest} at the most are kept")
+    return value
 
 
 def _in_utc(value: Any) -> Any:
@@ -123,11 +147,13 @@ def _without_zone(value: Any) -> Any:
     return _in_utc(value).replace(tzinfo=None) if isinstance(value, dt.datetime) else value
 
 
-def _within(value: Any, places: int) -> Any:
+def _within(value: Any, places: int, precision: int | None) -> Any:
     if isinstance(value, Decimal) and value.is_finite():
         exponent = value.normalize(_EXACT).as_tuple().exponent
         if isinstance(exponent, int) and -exponent > places:
             raise ValueError(f"{value} has more than {places} decimal places")
+        if precision is not None and value and value.adjusted() >= precision - places:
+            raise ValueError(f"{value} has more than {precision - places} digits before the point")
     return value
 
 

@@ -262,6 +262,7 @@ class SqlStore(Dialect):
         anew: Collection[str] = (),
         topic_ids: Mapping[str, str] = {},
         current_at: Mapping[str, dt.datetime] = {},
+        may_empty: bool = False,
     ) -> Sequence[Place]:
         """See `Store.swap`."""
         with self.translated(), self.engine.begin() as connection:
@@ -278,7 +279,7 @@ class SqlStore(Dialect):
             ]
             if behind:
                 return behind
-            self._refuse_emptied(connection)
+            self._refuse_emptied(connection, may_empty=may_empty)
             replace(self, connection, self._tables["new"], self.declared.tables)
             self._replace_books(connection, live, new, anew)
             known = {"fingerprint": fingerprint, "loaded_at": dt.datetime.now(dt.UTC)}
@@ -320,19 +321,28 @@ class SqlStore(Dialect):
             by_build[row.build][Place(row.topic, row.partition)] = row
         return by_build["live"], by_build["new"]
 
-    def _refuse_emptied(self, connection: Connection) -> None:
-        """A mapping that fits no message would take everything away that is served."""
+    def _refuse_emptied(self, connection: Connection, *, may_empty: bool) -> None:
+        """A mapping that fits no message, or a topic that is not filled yet, would take everything that is served."""
         build = self._within(connection, "new", reads=True)
         for follow in self.declared.follows:
             parked = build.parked(follow.topic, limit=1)
-            for table in follow.into.writes if parked else ():
-                if is_emptied(connection, table, build[table]):
+            for table in follow.into.writes if parked or not may_empty else ():
+                if not is_emptied(connection, table, build[table]):
+                    continue
+                would = (
+                    f"The new build of the read model {self.declared.name} would leave the table {table.fullname} empty"
+                )
+                if parked:
                     raise BadBuildError(
-                        f"The new build of the read model {self.declared.name} would leave the table {table.fullname} "
-                        f"empty: of {follow.topic} {build.parked_count(follow.topic)} messages are parked, the first "
+                        f"{would}: of {follow.topic} {build.parked_count(follow.topic)} messages are parked, the first "
                         f"because {parked[0].reason}.",
                         cure="Mend the mapping of the topic.",
                     )
+                raise BadBuildError(
+                    f"{would}: {follow.topic} has nothing for it.",
+                    cure="Its owner fills the topic (outbox backfill start); or, if it is to be empty: "
+                    "outbox read-model rebuild --app MODULE:ATTRIBUTE.",
+                )
 
     # -- for reconcile -----------------------------------------------------------------------------------------
 

@@ -185,14 +185,15 @@ class Store(Protocol):
         anew: Collection[str] = (),
         topic_ids: Mapping[str, str] = {},
         current_at: Mapping[str, dt.datetime] = {},
+        may_empty: bool = False,
     ) -> Sequence[Place]:
         """Put the new build into the place of the live one, in one transaction: rows, ids, parked messages, offsets.
 
         Only if the new build is as far as the live one in all that is followed, but for topics that were made `anew`;
         otherwise nothing is done, and the places where it is behind are returned. What is known of the model becomes
         what is given; topics that are not followed are forgotten. Who had claimed partitions of the live one must claim
-        them anew. Raises `BadBuildError` when a table would become empty of which messages are parked, and
-        `LostBuildError`.
+        them anew. Raises `BadBuildError` when a table would become empty - of which messages are parked, or, unless it
+        `may_empty`, in any case - and `LostBuildError`.
         """
 
     def end_build(self) -> None:
