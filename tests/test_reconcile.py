@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from consume import live, records
 from devstack.kafka import Kafka
 from outbox.canonical import json_digest
 from owners import Owner, writing
-from relays import RelayProcess, environment, eventually, must, outbox
+from relays import OUTBOX, RelayProcess, environment, eventually, must, outbox
 
 pytestmark = [pytest.mark.postgres, pytest.mark.kafka]
 
@@ -237,3 +238,16 @@ def test_what_cannot_be_told_is_exit_code_2(owner: Owner, tmp_path: Path) -> Non
     must(owner.env, "types", "add", "other", "--topic", f"{owner.name}.other")
     told = outbox(owner.env, "reconcile", "other")
     assert (told.returncode, "has no source" in told.stderr) == (2, True)
+
+
+def test_what_is_ended_by_a_signal_leaves_no_files(owner: Owner, tmp_path: Path) -> None:
+    """As when a job has run out of its time."""
+    owner.running.kill()
+    owner.sql("SELECT change(1)")  # nobody publishes it: it waits
+    files = tmp_path / "files"
+    files.mkdir()
+    command = [str(OUTBOX), "reconcile", "customer", "--timeout", "600"]
+    with subprocess.Popen(command, env={**owner.env, "TMPDIR": str(files)}) as running:
+        eventually(lambda: list(files.iterdir()))
+        running.terminate()
+    assert (running.returncode, list(files.iterdir())) == (143, [])
