@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from contextlib import closing, contextmanager
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,18 @@ from sqlalchemy import (
 import outbox.read_model.operations  # noqa: F401  autogenerate knows of the books
 from outbox.errors import ConfigError, SchemaError, StoreError, StoreUnavailableError
 from outbox.kafka.subscription import Bounds, Place
-from outbox.read_model import Columns, Copy, Follow, Function, PostgresStore, SqliteStore, Tables, copy_table
+from outbox.read_model import (
+    Columns,
+    Copy,
+    Follow,
+    Function,
+    PostgresStore,
+    ReadModel,
+    SqliteStore,
+    Tables,
+    consumer,
+    copy_table,
+)
 from outbox.read_model.change import Bad, Change, Raw, decide, decode_json, read
 from outbox.read_model.conformance import COPY, DECLARED, FOLLOWS, METADATA, OWN, MakeStore, StoreConformance, put
 from outbox.read_model.conformance import change as made
@@ -50,6 +64,7 @@ from outbox.read_model.sql import SqlStore
 from outbox.read_model.store import RefusedError
 from outbox.read_model.tables import shadow_name, shadows_of
 from outbox.wake import Wake
+from test_read_model_units import Log
 
 
 def run(store: SqlStore, statement: str) -> None:
@@ -396,6 +411,107 @@ def test_tables_that_refer_to_each_other_are_swapped(open_store: Callable[[Decla
     with store.engine.connect() as connection:
         assert sorted(map(tuple, connection.execute(select(child.c.id, child.c.of)))) == [("c2", "p3"), ("c3", "p3")]
         assert connection.execute(select(parent.c.id)).scalars().all() == ["p3"]
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 0.0004, 3e6, math.inf, math.nan])
+@pytest.mark.parametrize("make", [partial(PostgresStore, "postgresql://nowhere/none"), partial(SqliteStore, "none.db")])
+def test_seconds_that_a_store_cannot_keep_are_refused(make: Callable[..., SqlStore], seconds: float) -> None:
+    """0 would not mean "at once": PostgreSQL switches its limits off."""
+    with pytest.raises(ConfigError, match=r"seconds of a .*Store cannot be") as caught:
+        make(seconds=seconds)
+    assert "0.001 to 2,147,483" in caught.value.cure
+    make(seconds=0.001)
+    make(seconds=2_147_483)
+
+
+@pytest.mark.postgres
+def test_seconds_of_postgresql_limit_a_wait_and_a_transaction_that_does_not_go_on(database_url: str) -> None:
+    """Who waits for a lock gives up after his own; who holds it and is silent is ended after his."""
+    patient, brief = PostgresStore(database_url), PostgresStore(database_url, seconds=0.2)
+    patient.create(DECLARED)
+    patient.open(DECLARED)
+    brief.open(DECLARED)
+    place = Place("t", 0)
+    with patient.transaction() as holding:
+        assert holding.claim(place).epoch == 1
+        with pytest.raises(StoreUnavailableError, match="lock timeout"), brief.transaction() as waiting:
+            waiting.claim(place)
+
+    def is_silent() -> None:
+        with brief.transaction() as silent:
+            silent.claim(place)
+            with patient.transaction() as waiting:
+                # The other is ended meanwhile, by the server, and has claimed nothing.
+                assert waiting.claim(place).epoch == 2
+            silent.offsets()
+
+    with pytest.raises(StoreUnavailableError):
+        is_silent()
+    patient.close()
+    brief.close()
+
+
+@pytest.mark.postgres
+def test_the_longest_seconds_are_taken_by_postgresql(database_url: str) -> None:
+    """As milliseconds they are whole numbers of four bytes."""
+    store = PostgresStore(database_url, seconds=2_147_483)
+    store.create(DECLARED)
+    store.close()
+
+
+def test_seconds_of_sqlite_are_how_long_a_transaction_waits(tmp_path: Path) -> None:
+    """For one that goes on."""
+    file = tmp_path / "model.db"
+    holder = SqliteStore(file)
+    holder.create(DECLARED)
+    holder.open(DECLARED)
+
+    def waits(seconds: float) -> float:
+        with closing(SqliteStore(file, seconds=seconds)) as store:
+            store.open(DECLARED)
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailableError, match="locked"), store.transaction():
+                pass
+            return time.monotonic() - began
+
+    with holder.transaction():
+        assert waits(0.5) > 0.4
+        assert min(waits(0.01) for _ in range(5)) < 0.4
+    holder.close()
+
+
+def test_a_property_that_only_librdkafka_can_judge_is_refused_when_the_model_runs(tmp_path: Path) -> None:
+    """It ends it: no waiting makes it known."""
+    store = SqliteStore(tmp_path / "model.db")
+    model = ReadModel("m", store, [FOLLOWS["copy"]], bootstrap="localhost:1", kafka={"no.such.property": "1"})
+    store.create(model.declared)
+    with pytest.raises(ConfigError, match=r"no\.such\.property"), model.running() as copies:
+        copies.wait_ready(60)
+
+
+@pytest.mark.parametrize(("settings", "held"), [({}, {"gone": 2}), ({"forget_deleted": 3600.0}, {})])
+def test_the_id_of_a_deleted_entity_is_remembered_for_so_long(
+    settings: dict[str, Any], held: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that was deleted two hours ago."""
+    monkeypatch.setattr(consumer, "Subscription", Log("t").subscription)
+    follow = Follow("t", Columns(OWN, {"name": "name"}))
+    store = SqliteStore(tmp_path / "model.db")
+    model = ReadModel("m", store, [follow], bootstrap="none", check_seconds=0.001, **settings)
+    store.create(model.declared)
+    store.open(model.declared)
+    with store.transaction() as transaction:
+        transaction.delete(follow, [made("gone", None, 2)], {"gone": 2})
+    run(store, "UPDATE outbox_read_model_keys SET at = at - 7200")
+    with model.running() as copies:
+        copies.wait_ready(60)
+    store.open(model.declared)
+    with store.transaction(reads=True) as transaction:
+        assert transaction.held(follow, ["gone"]) == held
+    store.close()
 
 
 # -- errors of the database ----------------------------------------------------------------------------------------

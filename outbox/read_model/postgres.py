@@ -33,15 +33,18 @@ _CURES = {
     "42501": "Grant it to the service's role.",
     "42": "Migrate the service's database: its tables are not what the read model declares.",
 }
-_SECONDS = 30
+_SECONDS = 30.0
+# A millisecond, and as many as the server's integers take: its 0 would switch the limits off.
+_LEAST_SECONDS, _MOST_SECONDS = 0.001, 2_147_483.0
 
 
 class PostgresStore(SqlStore):
     """A read model in the service's own PostgreSQL database.
 
     `url`: libpq's, or SQLAlchemy's `postgresql+psycopg://`. `schema`: where the books are; the service's tables say it
-    themselves. `seconds`: after so long the server ends a transaction whose process does not go on, so that another one
-    can.
+    themselves. `seconds` (0.001 to 2,147,483): after so long the server ends a transaction whose process does not go
+    on, so that another one can; and so long a statement waits for what another transaction has locked, before all of
+    its transaction is tried again. `ConfigError` when one of them cannot be used.
     """
 
     def __init__(self, url: str, *, schema: str | None = None, seconds: float = _SECONDS) -> None:
@@ -50,6 +53,11 @@ class PostgresStore(SqlStore):
         if not colon or scheme not in {"postgres", "postgresql", "postgresql+psycopg"}:
             raise ConfigError("This is no URL of a PostgreSQL database.", cure="Write postgresql://user@host/database.")
         self._url = f"postgresql+psycopg://{rest}"
+        if not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
+            raise ConfigError(
+                f"seconds of a PostgresStore cannot be {seconds!r}.",
+                cure=f"Let it be {_LEAST_SECONDS:g} to {_MOST_SECONDS:,.0f}; {_SECONDS:g} is the default.",
+            )
         self._seconds = seconds
 
     def _connect(self) -> Engine:
