@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
@@ -64,6 +65,7 @@ from outbox.read_model.sql import SqlStore
 from outbox.read_model.store import RefusedError
 from outbox.read_model.tables import shadow_name, shadows_of
 from outbox.wake import Wake
+from relays import eventually
 from test_read_model_units import Log
 
 
@@ -411,6 +413,61 @@ def test_tables_that_refer_to_each_other_are_swapped(open_store: Callable[[Decla
     with store.engine.connect() as connection:
         assert sorted(map(tuple, connection.execute(select(child.c.id, child.c.of)))) == [("c2", "p3"), ("c3", "p3")]
         assert connection.execute(select(parent.c.id)).scalars().all() == ["p3"]
+
+
+def name_sellers(tables: Tables, changes: Several[Change]) -> None:
+    """A seller's name, also in the offers that are there."""
+    for one in changes:
+        tables.connection.execute(tables[SELLERS].insert().values(id=one.key, name=one.state["name"]))
+        theirs = tables[OFFERS].update().where(tables[OFFERS].c.seller == one.key)
+        tables.connection.execute(theirs.values(name=one.state["name"]))
+
+
+def make_offers(tables: Tables, changes: Several[Change]) -> None:
+    """An offer, with the name of its seller, if that is known."""
+    for one in changes:
+        seller = one.state["seller"]
+        name = tables.connection.execute(select(tables[SELLERS].c.name).where(tables[SELLERS].c.id == seller)).scalar()
+        tables.connection.execute(tables[OFFERS].insert().values(id=one.key, seller=seller, name=name))
+
+
+BOTH = MetaData()
+SELLERS = Table("sellers", BOTH, Column("id", Text, primary_key=True), Column("name", Text))
+OFFERS = Table("offers", BOTH, Column("id", Text, primary_key=True), Column("seller", Text), Column("name", Text))
+
+
+@pytest.mark.postgres
+def test_two_topics_of_a_model_with_a_function_never_miss_each_other(database_url: str) -> None:
+    """Each of two functions reads what the other writes: who comes second waits for the first to end.
+
+    A rebuild, which writes copies of the tables, is not held up. (Of SQLite one transaction writes at a time.)
+    """
+    users = Follow("market.user", Function(name_sellers, writes=[SELLERS, OFFERS]))
+    adverts = Follow("market.advert", Function(make_offers, writes=[OFFERS, SELLERS]))
+    first, second, rebuilding = stores = [PostgresStore(database_url) for _ in range(3)]
+    for store in stores:
+        store.create(Declared("market", [users, adverts]))
+        store.open(Declared("market", [users, adverts]))
+    rebuilding.begin_build()
+    putting = threading.Thread(target=put, args=(second, adverts, [made("piano", {"seller": "ada"})]))
+    with first.transaction() as transaction:
+        transaction.put(users, [made("ada", {"name": "Ada"})], {"ada": 1}, transaction.held(users, ["ada"]))
+        putting.start()
+        eventually(lambda: waits_to_be_alone(rebuilding), seconds=20, what="the second to wait")
+        put(rebuilding, users, [made("ada", {"name": "Ada"})], build="new")
+    putting.join()
+    with first.engine.connect() as connection:
+        assert connection.execute(select(OFFERS.c.name)).scalars().all() == ["Ada"]
+    for store in stores:
+        store.close()
+
+
+def waits_to_be_alone(store: SqlStore) -> bool:
+    """Whether somebody waits for a lock that is a number's, in the store's database."""
+    own = "(SELECT oid FROM pg_database WHERE datname = current_database())"
+    waiting = f"SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = {own}"
+    with store.engine.connect() as connection:
+        return bool(connection.exec_driver_sql(waiting).scalar())
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
