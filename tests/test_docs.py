@@ -7,6 +7,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -26,6 +27,7 @@ from outbox.telemetry import EVENTS
 from render_docs import DOCS, PAGES, commands
 from test_read_model import Topic
 
+ROOT = DOCS.parent
 READ_MODEL = (DOCS / "read-model.md").read_text("utf-8")
 
 
@@ -89,6 +91,45 @@ def test_the_files_that_pages_name_exist() -> None:
         for path in re.findall(r"`((?:outbox|tests|cli|migrations|examples|docs)/[\w./-]+)`", page.read_text("utf-8")):
             if "NNN" not in path:
                 assert (root / path).exists(), f"{page.name} names {path}"
+
+
+# -- the architecture ----------------------------------------------------------------------------------------------
+
+
+def floors(heading: str) -> dict[str, int]:
+    """The modules that a table of the architecture names, each with the number of its row, from above."""
+    page = (DOCS / "architecture.md").read_text("utf-8")
+    found: dict[str, int] = {}
+    for number, cells in enumerate(rows(page, heading)):
+        for name in re.findall(r"`(\w+)/?`", " ".join(cells)):
+            assert name not in found, f"{name} is named twice"
+            found[name] = number
+    return found
+
+
+def modules(package: Path) -> set[str]:
+    """Modules and packages that lie in one."""
+    return {
+        path.stem
+        for path in package.iterdir()
+        if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").is_file())
+    }
+
+
+@pytest.mark.parametrize(("heading", "package"), [("floor", "outbox"), ("floor of `read_model/`", "outbox.read_model")])
+def test_the_architecture_names_every_module_on_the_floor_where_it_is(heading: str, package: str) -> None:
+    """All that there are, none that there is not, and in the order that import-linter holds."""
+    said = floors(heading)
+    assert said.keys() == modules(ROOT / package.replace(".", "/"))
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [
+        one["layers"] for one in contracts if one["type"] == "layers" and f"{package}.{min(said)}" in str(one["layers"])
+    ]
+    above = 0
+    for layer in layers:
+        here = [said[name] for one in layer.split(" | ") if (name := one.removeprefix(f"{package}.")) in said]
+        assert not here or min(here) >= above, f"{layer} is named above what may import it"
+        above = max(here, default=above)
 
 
 # -- the read model ------------------------------------------------------------------------------------------------
