@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
 from devstack.processes import Child, free_port
+from marketplace import market as markets
 from marketplace.load import Load
-from marketplace.market import EXAMPLES, Market
+from marketplace.market import EXAMPLES, PARTS, Market
 from marketplace.web.app import app
 from relays import eventually
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(600)]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
+COMMAND = [sys.executable, "-m", "marketplace"]
 
 
 class Page:
@@ -109,6 +111,20 @@ class Page:
         self._browser.save_screenshot(str(file))
 
 
+@contextmanager
+def served(market: Market, load: Load, port: int) -> Iterator[None]:
+    """The page of a market, as `python -m marketplace` serves it."""
+    server = uvicorn.Server(uvicorn.Config(app(market, load), host="127.0.0.1", port=port, log_level="warning"))
+    serving = threading.Thread(target=server.run, daemon=True)
+    serving.start()
+    try:
+        eventually(lambda: server.started)
+        yield
+    finally:
+        server.should_exit = True
+        serving.join(30)
+
+
 @pytest.fixture
 def page_and_market(tmp_path: Path) -> Iterator[tuple[Page, Market, Load]]:
     """All of it, and a browser."""
@@ -133,12 +149,7 @@ def page_and_market(tmp_path: Path) -> Iterator[tuple[Page, Market, Load]]:
         load = Load(market.url, rate=50)
         load.start()
         stack.callback(load.stop)
-        server = uvicorn.Server(uvicorn.Config(app(market, load), host="127.0.0.1", port=port, log_level="warning"))
-        serving = threading.Thread(target=server.run, daemon=True)
-        serving.start()
-        stack.callback(serving.join, 30)
-        stack.callback(setattr, server, "should_exit", True)
-        eventually(lambda: server.started)
+        stack.enter_context(served(market, load, port))
         browser = webdriver.Chrome(options=options, service=Service(DRIVER))
         stack.callback(browser.quit)
         yield Page(browser, f"http://127.0.0.1:{port}/"), market, load
@@ -204,18 +215,82 @@ def truth(market: Market) -> dict[int, tuple[Any, ...]]:
 def test_the_command_starts_it_prints_the_address_and_ends_in_order(tmp_path: Path) -> None:
     """And the terminal stops and starts parts of it."""
     port = free_port()
-    env = dict(os.environ) | {"MARKETPLACE_PORT": str(port), "PYTHONPATH": str(EXAMPLES)}
-    command = [sys.executable, "-m", "marketplace"]
+    env = environment(port)
     log = tmp_path / "log"
-    running = Child(command, log=log, env=env)
+    running = Child(COMMAND, log=log, env=env)
     try:
         eventually(lambda: f"http://127.0.0.1:{port}" in log.read_text(), seconds=120, what="the address")
-        stopped = subprocess.run([*command, "stop", "users"], env=env, capture_output=True, text=True, check=True)
-        assert '"users": false' in stopped.stdout
-        started = subprocess.run([*command, "start", "users"], env=env, capture_output=True, text=True, check=True)
-        assert '"users": true' in started.stdout
+        assert '"users": false' in asked(env, "stop", "users").stdout
+        assert '"users": true' in asked(env, "start", "users").stdout
     finally:
         ended = running.stop(seconds=60)
     assert (ended, running.exit_code()) == (True, 0), log.read_text()
-    gone = subprocess.run([*command, "status"], env=env, capture_output=True, text=True, check=False)
+    gone = asked(env, "status")
     assert (gone.returncode, "is it up?" in gone.stderr) == (69, True)
+
+
+def environment(port: int) -> dict[str, str]:
+    """What the command is given, in a terminal beside the one where it runs."""
+    return dict(os.environ) | {"MARKETPLACE_PORT": str(port), "PYTHONPATH": str(EXAMPLES)}
+
+
+def asked(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What the command says."""
+    return subprocess.run([*COMMAND, *arguments], env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_part_that_cannot_start_is_said_with_its_reason(tmp_path: Path) -> None:
+    """By what is up: the terminal does not say that nothing answers."""
+    tmp_path.chmod(0o711)
+    market, port = Market(tmp_path), free_port()
+    search = market.parts["search"]
+    assert isinstance(search, markets.Service)
+    search.program.command = [sys.executable, "-c", "raise SystemExit('its disk is gone')"]
+    try:
+        with served(market, Load(market.url), port):
+            refused = asked(environment(port), "start", "search")
+    finally:
+        market.stop("search")
+    assert refused.returncode == 1
+    assert "search-service does not answer" in refused.stderr
+    assert "its disk is gone" in refused.stderr
+    assert "is it up?" not in refused.stderr
+    assert market.running() == dict.fromkeys(PARTS, False)
+
+
+def test_a_part_that_takes_long_to_start_keeps_no_other_from_being_stopped(tmp_path: Path) -> None:
+    """Itself it is stopped once it has started."""
+    began, goes_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    class Slow:
+        running = True
+
+        def start(self) -> None:
+            began.set()
+            assert goes_on.wait(60)
+            done.append("start")
+
+        def stop(self) -> None:
+            done.append("stop")
+
+    class Quick(Slow):
+        def stop(self) -> None:
+            done.append("another")
+
+    market = Market(tmp_path)
+    market.parts |= {"search": Slow(), "users": Quick()}
+    calls = [(market.start, "search"), (market.stop, "search"), (market.stop, "users")]
+    starting, stopping, another = (threading.Thread(target=call, args=(name,)) for call, name in calls)
+    starting.start()
+    assert began.wait(60)
+    stopping.start()
+    another.start()
+    try:
+        another.join(30)
+        assert done == ["another"]
+    finally:
+        goes_on.set()
+        starting.join()
+        stopping.join()
+    assert done == ["another", "start", "stop"]

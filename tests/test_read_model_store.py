@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
+import threading
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from contextlib import closing, contextmanager
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,18 @@ import outbox.operations
 import outbox.read_model.operations  # noqa: F401  autogenerate knows of both: an owner may have read models as well
 from outbox.errors import ConfigError, SchemaError, StoreError, StoreUnavailableError
 from outbox.kafka.subscription import Bounds, Place
-from outbox.read_model import Columns, Copy, Follow, Function, PostgresStore, SqliteStore, Tables, copy_table
+from outbox.read_model import (
+    Columns,
+    Copy,
+    Follow,
+    Function,
+    PostgresStore,
+    ReadModel,
+    SqliteStore,
+    Tables,
+    consumer,
+    copy_table,
+)
 from outbox.read_model.change import Bad, Change, Raw, decide, decode_json, read
 from outbox.read_model.conformance import COPY, DECLARED, FOLLOWS, METADATA, OWN, MakeStore, StoreConformance, put
 from outbox.read_model.conformance import change as made
@@ -52,6 +67,8 @@ from outbox.read_model.sql import SqlStore
 from outbox.read_model.store import RefusedError
 from outbox.read_model.tables import shadow_name, shadows_of
 from outbox.wake import Wake
+from relays import eventually
+from test_read_model_units import Log
 
 
 def run(store: SqlStore, statement: str) -> None:
@@ -398,6 +415,162 @@ def test_tables_that_refer_to_each_other_are_swapped(open_store: Callable[[Decla
     with store.engine.connect() as connection:
         assert sorted(map(tuple, connection.execute(select(child.c.id, child.c.of)))) == [("c2", "p3"), ("c3", "p3")]
         assert connection.execute(select(parent.c.id)).scalars().all() == ["p3"]
+
+
+def name_sellers(tables: Tables, changes: Several[Change]) -> None:
+    """A seller's name, also in the offers that are there."""
+    for one in changes:
+        tables.connection.execute(tables[SELLERS].insert().values(id=one.key, name=one.state["name"]))
+        theirs = tables[OFFERS].update().where(tables[OFFERS].c.seller == one.key)
+        tables.connection.execute(theirs.values(name=one.state["name"]))
+
+
+def make_offers(tables: Tables, changes: Several[Change]) -> None:
+    """An offer, with the name of its seller, if that is known."""
+    for one in changes:
+        seller = one.state["seller"]
+        name = tables.connection.execute(select(tables[SELLERS].c.name).where(tables[SELLERS].c.id == seller)).scalar()
+        tables.connection.execute(tables[OFFERS].insert().values(id=one.key, seller=seller, name=name))
+
+
+BOTH = MetaData()
+SELLERS = Table("sellers", BOTH, Column("id", Text, primary_key=True), Column("name", Text))
+OFFERS = Table("offers", BOTH, Column("id", Text, primary_key=True), Column("seller", Text), Column("name", Text))
+
+
+@pytest.mark.postgres
+def test_two_topics_of_a_model_with_a_function_never_miss_each_other(database_url: str) -> None:
+    """Each of two functions reads what the other writes: who comes second waits for the first to end.
+
+    A rebuild, which writes copies of the tables, is not held up. (Of SQLite one transaction writes at a time.)
+    """
+    users = Follow("market.user", Function(name_sellers, writes=[SELLERS, OFFERS]))
+    adverts = Follow("market.advert", Function(make_offers, writes=[OFFERS, SELLERS]))
+    first, second, rebuilding = stores = [PostgresStore(database_url) for _ in range(3)]
+    for store in stores:
+        store.create(Declared("market", [users, adverts]))
+        store.open(Declared("market", [users, adverts]))
+    rebuilding.begin_build()
+    putting = threading.Thread(target=put, args=(second, adverts, [made("piano", {"seller": "ada"})]))
+    with first.transaction() as transaction:
+        transaction.put(users, [made("ada", {"name": "Ada"})], {"ada": 1}, transaction.held(users, ["ada"]))
+        putting.start()
+        eventually(lambda: waits_to_be_alone(rebuilding), seconds=20, what="the second to wait")
+        put(rebuilding, users, [made("ada", {"name": "Ada"})], build="new")
+    putting.join()
+    with first.engine.connect() as connection:
+        assert connection.execute(select(OFFERS.c.name)).scalars().all() == ["Ada"]
+    for store in stores:
+        store.close()
+
+
+def waits_to_be_alone(store: SqlStore) -> bool:
+    """Whether somebody waits for a lock that is a number's, in the store's database."""
+    own = "(SELECT oid FROM pg_database WHERE datname = current_database())"
+    waiting = f"SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = {own}"
+    with store.engine.connect() as connection:
+        return bool(connection.exec_driver_sql(waiting).scalar())
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 0.0004, 3e6, math.inf, math.nan])
+@pytest.mark.parametrize("make", [partial(PostgresStore, "postgresql://nowhere/none"), partial(SqliteStore, "none.db")])
+def test_seconds_that_a_store_cannot_keep_are_refused(make: Callable[..., SqlStore], seconds: float) -> None:
+    """0 would not mean "at once": PostgreSQL switches its limits off."""
+    with pytest.raises(ConfigError, match=r"seconds of a .*Store cannot be") as caught:
+        make(seconds=seconds)
+    assert "0.001 to 2,147,483" in caught.value.cure
+    make(seconds=0.001)
+    make(seconds=2_147_483)
+
+
+@pytest.mark.postgres
+def test_seconds_of_postgresql_limit_a_wait_and_a_transaction_that_does_not_go_on(database_url: str) -> None:
+    """Who waits for a lock gives up after his own; who holds it and is silent is ended after his."""
+    patient, brief = PostgresStore(database_url), PostgresStore(database_url, seconds=0.2)
+    patient.create(DECLARED)
+    patient.open(DECLARED)
+    brief.open(DECLARED)
+    place = Place("t", 0)
+    with patient.transaction() as holding:
+        assert holding.claim(place).epoch == 1
+        with pytest.raises(StoreUnavailableError, match="lock timeout"), brief.transaction() as waiting:
+            waiting.claim(place)
+
+    def is_silent() -> None:
+        with brief.transaction() as silent:
+            silent.claim(place)
+            with patient.transaction() as waiting:
+                # The other is ended meanwhile, by the server, and has claimed nothing.
+                assert waiting.claim(place).epoch == 2
+            silent.offsets()
+
+    with pytest.raises(StoreUnavailableError):
+        is_silent()
+    patient.close()
+    brief.close()
+
+
+@pytest.mark.postgres
+def test_the_longest_seconds_are_taken_by_postgresql(database_url: str) -> None:
+    """As milliseconds they are whole numbers of four bytes."""
+    store = PostgresStore(database_url, seconds=2_147_483)
+    store.create(DECLARED)
+    store.close()
+
+
+def test_seconds_of_sqlite_are_how_long_a_transaction_waits(tmp_path: Path) -> None:
+    """For one that goes on."""
+    file = tmp_path / "model.db"
+    holder = SqliteStore(file)
+    holder.create(DECLARED)
+    holder.open(DECLARED)
+
+    def waits(seconds: float) -> float:
+        with closing(SqliteStore(file, seconds=seconds)) as store:
+            store.open(DECLARED)
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailableError, match="locked"), store.transaction():
+                pass
+            return time.monotonic() - began
+
+    with holder.transaction():
+        assert waits(0.5) > 0.4
+        assert min(waits(0.01) for _ in range(5)) < 0.4
+    holder.close()
+
+
+def test_a_property_that_only_librdkafka_can_judge_is_refused_when_the_model_runs(tmp_path: Path) -> None:
+    """It ends it: no waiting makes it known."""
+    store = SqliteStore(tmp_path / "model.db")
+    model = ReadModel("m", store, [FOLLOWS["copy"]], bootstrap="localhost:1", kafka={"no.such.property": "1"})
+    store.create(model.declared)
+    with pytest.raises(ConfigError, match=r"no\.such\.property"), model.running() as copies:
+        copies.wait_ready(60)
+
+
+@pytest.mark.parametrize(("settings", "held"), [({}, {"gone": 2}), ({"forget_deleted": 3600.0}, {})])
+def test_the_id_of_a_deleted_entity_is_remembered_for_so_long(
+    settings: dict[str, Any], held: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that was deleted two hours ago."""
+    monkeypatch.setattr(consumer, "Subscription", Log("t").subscription)
+    follow = Follow("t", Columns(OWN, {"name": "name"}))
+    store = SqliteStore(tmp_path / "model.db")
+    model = ReadModel("m", store, [follow], bootstrap="none", check_seconds=0.001, **settings)
+    store.create(model.declared)
+    store.open(model.declared)
+    with store.transaction() as transaction:
+        transaction.delete(follow, [made("gone", None, 2)], {"gone": 2})
+    run(store, "UPDATE outbox_read_model_keys SET at = at - 7200")
+    with model.running() as copies:
+        copies.wait_ready(60)
+    store.open(model.declared)
+    with store.transaction(reads=True) as transaction:
+        assert transaction.held(follow, ["gone"]) == held
+    store.close()
 
 
 # -- errors of the database ----------------------------------------------------------------------------------------

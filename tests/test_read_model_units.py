@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -819,6 +820,7 @@ def test_an_entry_that_was_parked_is_not_waited_for(log: Log, store: SqliteStore
         ({"batch": 0}, "batch"),
         ({"check_seconds": 0}, "check_seconds"),
         ({"forget_deleted": -1}, "forget_deleted"),
+        ({"forget_deleted": math.inf}, "forget_deleted"),
         ({"instance": ""}, "instance"),
         ({"bootstrap": ""}, "bootstrap"),
         ({"kafka": {"group.id": "x"}}, "the read model's name"),

@@ -41,10 +41,23 @@ def main() -> int:
         request = urllib.request.Request(f"http://127.0.0.1:{chosen.port}/api/{path}", method=method)
         with urllib.request.urlopen(request, timeout=120) as answer:
             print(json.dumps(json.loads(answer.read()), indent=1))
-    except (urllib.error.URLError, OSError) as error:
+    except urllib.error.HTTPError as error:
+        # Before the other: it is one of those, and whoever says it is up.
+        with error:
+            print(_reason(error), file=sys.stderr)
+        return 1
+    except OSError as error:
         print(f"Nothing answers at port {chosen.port} ({error}): is it up?", file=sys.stderr)
         return 69
     return 0
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What the answer says went wrong; the HTTP status where it says nothing."""
+    try:
+        return str(json.loads(error.read())["error"])
+    except (ValueError, KeyError, TypeError):
+        return str(error)
 
 
 def _positive(text: str) -> float:

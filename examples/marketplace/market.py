@@ -132,7 +132,9 @@ class Market:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._stack = ExitStack()
-        self._lock = threading.RLock()
+        # Of each part its own: one that takes long to start, or cannot, keeps no other from being stopped. Parts share
+        # nothing that changes: ports, directories and environments are given here.
+        self._locks = {name: threading.Lock() for name in PARTS}
         self.kafka = Kafka(directory / "kafka")
         small = {"shared_buffers": "64MB", "synchronous_commit": "on"}
         self.databases = {name: Postgres(directory / name, options=small) for name in (*OWNERS, "search")}
@@ -164,13 +166,13 @@ class Market:
         self._stack.close()
 
     def start(self, name: str) -> None:
-        """Start one of `PARTS`."""
-        with self._lock:
+        """Start one of `PARTS`, and wait until it answers; `ServerError` says why it does not."""
+        with self._locks[name]:
             self.parts[name].start()
 
     def stop(self, name: str) -> None:
-        """Kill one of `PARTS`, as a power cut would."""
-        with self._lock:
+        """Kill one of `PARTS`, as a power cut would; while it is being started, once that is over."""
+        with self._locks[name]:
             self.parts[name].stop()
 
     def running(self) -> dict[str, bool]:

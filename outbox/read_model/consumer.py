@@ -30,6 +30,7 @@ _KNOW_SECONDS = 5.0
 _LATE_SECONDS = 30.0
 _REPORT_SECONDS = 5.0
 _FORGET_SECONDS = 3600.0
+_FORGET_MOST = 100 * 365 * 86_400.0
 _DAY_MS = 86_400_000
 # Of a batch so many parked messages are said one by one.
 _SAID = 5
@@ -64,7 +65,7 @@ class Settings:
             ("on_mapping_change", self.on_mapping_change in allowed, f"It is one of {', '.join(allowed)}."),
             ("on_outrun", self.on_outrun in allowed, f"It is one of {', '.join(allowed)}."),
             ("check_seconds", self.check_seconds > 0, "Let it be more than 0."),
-            ("forget_deleted", self.forget_deleted > 0, "Let it be more than 0; days are usual."),
+            ("forget_deleted", 0 < self.forget_deleted <= _FORGET_MOST, "Let it be more than 0; days are usual."),
         ):
             if not good:
                 raise ConfigError(f"{name} of a read model cannot be {getattr(self, name)!r}.", cure=cure)

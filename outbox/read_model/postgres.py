@@ -36,15 +36,18 @@ _CURES = {
 }
 # What the server says of a connection comes without its code.
 _REFUSED = {"login": "28", "database": "3D"}
-_SECONDS = 30
+_SECONDS = 30.0
+# A millisecond, and as many as the server's integers take: its 0 would switch the limits off.
+_LEAST_SECONDS, _MOST_SECONDS = 0.001, 2_147_483.0
 
 
 class PostgresStore(SqlStore):
     """A read model in the service's own PostgreSQL database.
 
     `url`: libpq's, or SQLAlchemy's `postgresql+psycopg://`. `schema`: where the books are; the service's tables say it
-    themselves. `seconds`: after so long the server ends a transaction whose process does not go on, so that another one
-    can.
+    themselves. `seconds` (0.001 to 2,147,483): after so long the server ends a transaction whose process does not go
+    on, so that another one can; and so long a statement waits for what another transaction has locked, before all of
+    its transaction is tried again. `ConfigError` when one of them cannot be used.
     """
 
     def __init__(self, url: str, *, schema: str | None = None, seconds: float = _SECONDS) -> None:
@@ -53,6 +56,11 @@ class PostgresStore(SqlStore):
         if not colon or scheme not in {"postgres", "postgresql", "postgresql+psycopg"}:
             raise ConfigError("This is no URL of a PostgreSQL database.", cure="Write postgresql://user@host/database.")
         self._url = f"postgresql+psycopg://{rest}"
+        if not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
+            raise ConfigError(
+                f"seconds of a PostgresStore cannot be {seconds!r}.",
+                cure=f"Let it be {_LEAST_SECONDS:g} to {_MOST_SECONDS:,.0f}; {_SECONDS:g} is the default.",
+            )
         self._seconds = seconds
 
     def _connect(self) -> Engine:
@@ -64,6 +72,8 @@ class PostgresStore(SqlStore):
         }
         engine = create_engine(
             self._url,
+            # Whatever the database's default is: who has waited for a lock must see what was done meanwhile.
+            isolation_level="READ COMMITTED",
             json_serializer=lambda value: orjson.dumps(value).decode(),
             json_deserializer=orjson.loads,
             pool_pre_ping=True,

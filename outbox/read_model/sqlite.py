@@ -16,10 +16,13 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.elements import ColumnElement
 
+from outbox.errors import ConfigError
 from outbox.read_model.dialect import Blame
 from outbox.read_model.sql import SqlStore
 
 _SECONDS = 30.0
+# A millisecond, and as many as SQLite's integers take: its 0 would not wait at all.
+_LEAST_SECONDS, _MOST_SECONDS = 0.001, 2_147_483.0
 _OF_A_MOMENT = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
@@ -37,12 +40,17 @@ _OF_VALUES = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE
 class SqliteStore(SqlStore):
     """A read model in a file. Readers go on while it is written (WAL); one transaction writes at a time.
 
-    `seconds`: how long a transaction waits for another process's.
+    `seconds` (0.001 to 2,147,483): how long a transaction waits for another one. `ConfigError` when it cannot be used.
     """
 
     def __init__(self, path: str | Path, *, seconds: float = _SECONDS) -> None:
         super().__init__(sqlite.insert, schema=None)
         self._path = Path(path)
+        if not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
+            raise ConfigError(
+                f"seconds of a SqliteStore cannot be {seconds!r}.",
+                cure=f"Let it be {_LEAST_SECONDS:g} to {_MOST_SECONDS:,.0f}; {_SECONDS:g} is the default.",
+            )
         self._seconds = seconds
 
     def _connect(self) -> Engine:

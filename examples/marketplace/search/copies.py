@@ -1,4 +1,8 @@
-"""The read model: two topics into one table, each message once, in one transaction with the offsets."""
+"""The read model: two topics into one table, each message once, in one transaction with the offsets.
+
+Each of the two functions reads what the other one writes. They need no lock for that: a model that has a function
+applies one batch at a time, of whichever topic and in whichever process, so that neither misses what the other writes.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,15 @@ import os
 from collections.abc import Sequence
 from decimal import Decimal
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 
 from marketplace.search.tables import offers, sellers
 from outbox.read_model import Change, Follow, Function, PostgresStore, ReadModel, Tables
 
-_OFFERS = 7
-"""The number of the lock; the service's database is its own."""
-
-
-def _alone(tables: Tables) -> None:
-    """One instance of the service at a time: each of the two functions reads what the other one writes."""
-    tables.connection.execute(select(func.pg_advisory_xact_lock(_OFFERS)))
-
 
 def users_say(tables: Tables, changes: Sequence[Change]) -> None:
     """A seller's name and city, also in the offers that are there."""
-    _alone(tables)
     known, theirs = tables[sellers], tables[offers]
     for change in changes:
         number = int(change.key)
@@ -41,7 +36,6 @@ def users_say(tables: Tables, changes: Sequence[Change]) -> None:
 
 def adverts_say(tables: Tables, changes: Sequence[Change]) -> None:
     """An offer, with what is known of its seller."""
-    _alone(tables)
     known, theirs = tables[sellers], tables[offers]
     for change in changes:
         number = int(change.key)
