@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,24 @@ from pathlib import Path
 import pytest
 
 import bench.__main__
-from bench import backfill, document, drain, growth, hot, idle, install, latency, limits, owner, read_model, reconcile
+from bench import (
+    backfill,
+    document,
+    drain,
+    growth,
+    hot,
+    idle,
+    install,
+    latency,
+    limits,
+    measure,
+    owner,
+    read_model,
+    reconcile,
+)
 from bench.__main__ import PARTS, main
 from bench.contender import Contender, prepared
-from bench.measure import turned
+from bench.measure import Usage, turned
 from bench.options import Options
 from bench.part import Part
 from bench.relay import Relay
@@ -25,7 +40,7 @@ from bench.servers import Servers, servers
 from bench.topics import Delivered
 from bench.view import View
 from bench.workload import Load
-from devstack.processes import ServerError
+from devstack.processes import Child, ServerError
 from outbox.config import Config
 from outbox.reader import Reader
 
@@ -357,3 +372,48 @@ def test_a_small_read_model_run_loads_updates_and_times_changes() -> None:
     assert report.of(read_model.MODEL, read_model.UPDATES)[0] > 0
     assert 0 < report.of(read_model.MODEL, read_model.P50)[0] <= report.of(read_model.MODEL, read_model.P99)[0]
     assert [one.aim for one in report.ratios] == [0.5, 1.2]
+
+
+# Holds memory and waits for another program, which it starts.
+_STARTING = """
+import subprocess, sys
+held = b"x" * int(sys.argv[1])
+sys.exit(subprocess.run([sys.executable, "-c", *sys.argv[2:]]).returncode)
+"""
+# Holds as much and works until a file is there; not longer than who started it.
+_STARTED = """
+import os, sys, time
+held, by = b"x" * int(sys.argv[1]), os.getppid()
+while os.getppid() == by and (time.process_time() < 0.5 or not os.path.exists(sys.argv[2])):
+    pass
+"""
+
+
+def test_what_a_command_used_is_also_what_the_process_used_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CPU of one that ended before it, memory of both at once; the second one stays until they were looked at."""
+    size, seen, look = 100_000_000, tmp_path / "seen", measure.tree_usage
+
+    def looking(pid: int) -> Usage:
+        found = look(pid)
+        if found.peak_bytes > 2 * size:
+            seen.touch()
+        return found
+
+    monkeypatch.setattr(measure, "tree_usage", looking)
+    command = [sys.executable, "-c", _STARTING, str(size), _STARTED, str(size), str(seen)]
+    _, used = measure.run_measured(Child(command, log=tmp_path / "log"), seconds=60, what="the command")
+    assert used.peak_bytes > 2 * size
+    assert used.cpu_seconds >= 0.5
+
+
+def test_a_command_that_fails_or_takes_too_long_gives_no_figures(tmp_path: Path) -> None:
+    """Its exit code is said; or it is ended."""
+    log = tmp_path / "log"
+    with pytest.raises(ServerError, match=r"it failed \(exit code 3\)"):
+        measure.run_measured(Child([sys.executable, "-c", "raise SystemExit(3)"], log=log), seconds=60, what="it")
+    endless = Child([sys.executable, "-c", "while True: pass"], log=log)
+    with pytest.raises(ServerError, match=r"it took longer than 0\.1 s"):
+        measure.run_measured(endless, seconds=0.1, what="it")
+    assert endless.exit_code() is not None
