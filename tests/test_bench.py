@@ -61,6 +61,9 @@ def test_a_small_drain_delivers_every_entry_and_measures_the_relay_and_the_limit
     assert all(value > 0 for one in report.series for value in one.values if one.unit != "s")
     assert report.of("relay", drain.CPU)[0] > 0
     assert {one.contender for one in report.series} == {"relay", "COPY"}
+    # Nothing is said of whom nobody asked for.
+    assert not any("Connect" in note for note in report.notes)
+    assert not any("in 1 transactions" in note for note in report.notes)
 
 
 @pytest.mark.acceptance
