@@ -6,11 +6,13 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psycopg
 import pytest
 
 import bench.__main__
@@ -373,8 +375,38 @@ def test_a_small_read_model_run_loads_updates_and_times_changes() -> None:
     """The real command, and a bare consumer with COPY; each in a database that is gone afterwards."""
     report = read_model.run(asked("model", "limit", entries=2000))
     assert report.of(read_model.MODEL, read_model.UPDATES)[0] > 0
+    assert report.of(read_model.STRICTER, read_model.LOAD)[0] >= report.of(read_model.LIMIT, read_model.LOAD)[0]
+    assert report.of(read_model.MODEL, read_model.IN_ALL)[0] >= report.of(read_model.MODEL, read_model.MEMORY)[0] > 0
+    assert not any("Connect" in note for note in report.notes)
     assert 0 < report.of(read_model.MODEL, read_model.P50)[0] <= report.of(read_model.MODEL, read_model.P99)[0]
-    assert [one.aim for one in report.ratios] == [0.5, 1.2]
+    assert [one.aim for one in report.ratios] == [0.5, None, 1.2]
+
+
+@pytest.mark.postgres
+def test_a_load_is_over_only_when_every_row_can_be_read(outbox_database: str) -> None:
+    """That the last keys are there is a sign; a row that is missing is waited for all the same."""
+    looks = 0
+    with psycopg.connect(outbox_database, autocommit=True) as connection:
+        connection.execute("CREATE TABLE copied (key text PRIMARY KEY)")
+        connection.execute("INSERT INTO copied SELECT 'k' || n FROM generate_series(1, 999) n")
+
+        def check() -> None:
+            nonlocal looks
+            looks += 1
+            if looks == 3:
+                connection.execute("INSERT INTO copied VALUES ('k0')")
+
+        awaited = [read_model.Awaited("copied", 1000)]
+        with read_model.watching(outbox_database, check) as watch:
+            watch.until(awaited, time.monotonic(), 60, "the last row")
+            assert watch.size(awaited) > 0
+    assert looks == 3
+
+
+def test_early_memory_is_that_of_the_look_at_which_a_tenth_was_there() -> None:
+    """By the size that the tables have in the end, which nobody knows before; in a tiny run, that of the only look."""
+    assert read_model.peak_at([(0, 5), (9, 6), (10, 7), (50, 9), (100, 12)], 0.1) == 7
+    assert read_model.peak_at([(0, 5)], 0.1) == 5
 
 
 # Holds memory and waits for another program, which it starts.
