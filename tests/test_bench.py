@@ -168,6 +168,8 @@ def test_a_small_backfill_delivers_every_row_and_times_live_changes_beside_it(mo
         *(backfill.ALONE, backfill.BESIDE),
     }
     assert 0 < report.of(backfill.BESIDE, "p50")[0] <= report.of(backfill.BESIDE, "p99")[0]
+    assert report.of(backfill.BESIDE, backfill.MEANWHILE)[0] > 0
+    assert sum("% of the time in which changes came" in note for note in report.notes) == 1
     assert [(one.name, one.aim) for one in report.ratios if one.aim is not None] == [
         ("rate: relay-backfill / relay-drain", 1),
         ("idle p99: beside backfills / alone", 3),
