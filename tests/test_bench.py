@@ -454,3 +454,12 @@ def test_a_command_that_fails_or_takes_too_long_gives_no_figures(tmp_path: Path)
     with pytest.raises(ServerError, match=r"it took longer than 0\.1 s"):
         measure.run_measured(endless, seconds=0.1, what="it")
     assert endless.exit_code() is not None
+
+
+def test_a_wrong_number_is_answered_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """No name of a function comes into it."""
+    for name in ("--entries", "--rounds", "--warm-up", "--seconds", "--stage-seconds"):
+        for value in ("soon", "-1", "nan"):
+            with pytest.raises(SystemExit):
+                main([f"{name}={value}"])
+            assert f"argument {name}: it must be a" in capsys.readouterr().err
