@@ -35,7 +35,12 @@ _FAILURES = (ServerError, OutboxError, KafkaException, psycopg.Error, OSError, s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, show; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure one part or all; show what was found, and keep it.",
+        epilog='From a checkout: make bench ARGS="drain --rounds 3". A run of fewer than 3 rounds, without a warm-up, '
+        "smaller than the defaults, or without some peers is a trial: shown and kept, but not on the page.",
+    )
     parser.add_argument(
         "part",
         nargs="?",
@@ -44,16 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "was measured last",
     )
     parser.add_argument(
-        "--entries", type=_positive, default=ENTRIES, help=f"rows in one round (default {ENTRIES:,}; fewer: a trial)"
+        "--entries",
+        type=_positive,
+        default=ENTRIES,
+        help=f"how many entries, rows, keys or records a round is of (default {ENTRIES:,})",
     )
     parser.add_argument("--rounds", type=_positive, default=5, help="rounds whose figures count (default 5)")
     parser.add_argument("--warm-up", type=_whole, default=1, help="rounds before them (default 1)")
     parser.add_argument(
-        "--seconds", type=_seconds, default=600, help="the most that one contender may take in one round"
+        "--seconds", type=_seconds, default=600, help="the most that one contender may take in one round (default 600)"
     )
-    parser.add_argument("--stage-seconds", type=_seconds, help="how long a steady load, or idleness, is watched")
     parser.add_argument(
-        "--peers", help="of one part, whom to measure, with commas; default: all; a wrong one is answered with those"
+        "--stage-seconds",
+        type=_seconds,
+        help="how long a steady load, or idleness, is watched (default: the part's own; latency, for instance, "
+        f"{latency.STAGE_SECONDS:g})",
+    )
+    parser.add_argument(
+        "--peers",
+        metavar="NAME,NAME",
+        help="whom to measure, of the part that is named (default: all; a name that is none is answered with those "
+        "that there are)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the servers' directories and logs")
@@ -80,22 +96,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _whole(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("at least 0")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("it must be a whole number from 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("it must be a whole number from 1")
     return int(text)
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError("more than 0")
+        raise argparse.ArgumentTypeError("it must be a number of seconds, more than 0")
     return number
 
 

@@ -28,6 +28,12 @@ from devstack.processes import LOOPBACK, Child, ServerError, free_port, tail
 
 # As Kafka's own script for it has it (KAFKA_HEAP_OPTS in connect-distributed.sh).
 HEAP: Sequence[str] = ("-Xms256M", "-Xmx2G")
+WORKER = (
+    "Kafka Connect's worker is warm, and counted from the resumption of a connector on. All connectors share it, so "
+    "its peak memory is that of all of them and of all rounds since it was started, the warm-up's too, with the heap "
+    "that Kafka's script gives it."
+)
+"""What is to be known of the figures of whatever runs in it."""
 _START_SECONDS = 180.0
 _ANSWER_SECONDS = 120.0
 # A worker that is asked all the time whether it runs would have less time to.

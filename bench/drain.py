@@ -10,7 +10,7 @@ from functools import partial
 
 from bench import limits
 from bench.contender import Contender, prepared
-from bench.debezium import Connect, Debezium
+from bench.debezium import WORKER, Connect, Debezium
 from bench.measure import Meter, turned, usage
 from bench.options import Options
 from bench.part import Part
@@ -144,7 +144,7 @@ def _keep(
 
 
 def tell_runs(report: Report, entries: int, runs: Mapping[str, list[Run]]) -> None:
-    """The series of each contender."""
+    """The series of each contender, and what is to be known of Kafka Connect's when it is among them."""
 
     def add(who: str, what: str, unit: str, values: Sequence[float], digits: int = 0) -> None:
         report.series.append(Series(who, what, unit, values, digits))
@@ -158,6 +158,8 @@ def tell_runs(report: Report, entries: int, runs: Mapping[str, list[Run]]) -> No
         for server in ("PostgreSQL", "Kafka"):
             add(who, f"{server}'s CPU", "s", [one.cpu[server] * per_million for one in rounds], 2)
         add(who, "records", "", [float(one.delivered.records) for one in rounds])
+    if any(who.startswith("Debezium") for who in runs):
+        report.notes.append(WORKER)
 
 
 def _tell(
@@ -193,13 +195,10 @@ def _tell(
         "The relay's own steps, seconds for a million entries (reading goes on beside the commit of the batch before "
         "it): " + ", ".join(f"{name} {value:.2f}" for name, value in middle.items()) + "."
     )
-    report.notes.append(
-        "The relay's CPU time has its start in it; the worker of Kafka Connect is warm and counted from the resumption "
-        "on. Debezium's connectors share that worker, whose peak is that of all rounds, with the heap that Kafka's "
-        "script gives it."
-    )
+    report.notes.append("The relay's CPU time has its start in it.")
     batches = runs[RELAY][-1].details["transactions"]
-    report.notes.append(f"The relay wrote {options.entries:,} entries in {batches:,.0f} transactions.")
+    plural = "" if batches == 1 else "s"
+    report.notes.append(f"The relay wrote {options.entries:,} entries in {batches:,.0f} transaction{plural}.")
 
 
 def _steps(details: Mapping[str, float]) -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,10 @@ from devstack.processes import Child, ServerError, children
 Item = TypeVar("Item")
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_FOLLOW_SECONDS = 0.02
+_FOLLOW_SECONDS = 0.05
+_REAP_SECONDS = 30
+# Not every kernel lists a process's children; where it does, nobody else's processes need be looked at.
+_LISTED = Path(f"/proc/self/task/{os.getpid()}/children").exists()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,42 +40,81 @@ def _cpu(pid: int, *, with_ended_children: bool) -> float:
     return sum(map(int, fields[11 : 15 if with_ended_children else 13])) / _TICKS
 
 
-def _peak(pid: int) -> int:
+def _memory(pid: int, field: str) -> int:
+    """Bytes: `VmRSS`, what is resident now, or `VmHWM`, its peak; 0 of a process that has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:")), 0)
+
+
+def _children(pid: int) -> list[int]:
+    if not _LISTED:
+        return [child.pid for child in children(pid)]
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            # A thread that has just ended has left its children to another one.
+            with contextlib.suppress(OSError):
+                found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all that descend from it; each before its children, so that none is counted twice as it ends."""
+    return [pid, *(one for child in _children(pid) for one in _tree(child))]
 
 
 def usage(pid: int) -> Usage:
-    """What one process has used since it began; nothing when it is gone."""
-    return Usage(_cpu(pid, with_ended_children=False), _peak(pid))
+    """What one process has used since it began, without its children; nothing when it is gone."""
+    return Usage(_cpu(pid, with_ended_children=False), _memory(pid, "VmHWM"))
 
 
 def tree_cpu(pid: int) -> float:
-    """CPU seconds of a process, of its children, and of those that have ended: a PostgreSQL server as a whole."""
-    living = sum(_cpu(child.pid, with_ended_children=True) for child in children(pid))
-    return _cpu(pid, with_ended_children=True) + living
+    """CPU seconds of a process, of all that descend from it, and of those that have ended: a whole server, say."""
+    return sum(_cpu(one, with_ended_children=True) for one in _tree(pid))
+
+
+def tree_usage(pid: int) -> Usage:
+    """The CPU of a process and of its descendants, ended ones too, and the memory that is theirs now, summed.
+
+    Pages that they share are counted for each of them. It is no less than the peak of any one of them.
+    """
+    tree = _tree(pid)
+    cpu = sum(_cpu(one, with_ended_children=True) for one in tree)
+    together = sum(_memory(one, "VmRSS") for one in tree)
+    return Usage(cpu, max(together, *(_memory(one, "VmHWM") for one in tree)))
 
 
 def run_measured(child: Child, *, seconds: float, what: str) -> tuple[float, Usage]:
-    """Wait for a child that ends by itself; how long it took, and what it was last seen to have used.
+    """Wait for a child that ends by itself; how long it took, and what it and its descendants used.
 
-    Raises `ServerError` when it fails or takes longer than `seconds`; then it is ended.
+    The CPU is read when it has ended, and has in it whom it has waited for. The memory is looked at every 0.05 s: the
+    greatest sum that was seen (see `tree_usage`). Raises `ServerError` when it fails or takes longer than `seconds`;
+    then it is ended.
     """
     began = time.monotonic()
-    seen = Usage()
-    while not child.wait(_FOLLOW_SECONDS):
-        now = usage(child.pid)
-        seen = now if now.peak_bytes else seen
-        if time.monotonic() - began > seconds:
-            child.stop(seconds=0)
-            raise ServerError(f"{what} took longer than {seconds:g} s and was ended.")
-    took = time.monotonic() - began
+    cpu, peak, ended = 0.0, 0, False
+    # Told of its end, nobody has waited for it yet: what it used can still be read.
+    told = os.pidfd_open(child.pid)
+    try:
+        poll = select.poll()
+        poll.register(told, select.POLLIN)
+        while not ended:
+            ended = bool(poll.poll(_FOLLOW_SECONDS * 1000))
+            took = time.monotonic() - began
+            now = tree_usage(child.pid)
+            cpu, peak = max(cpu, now.cpu_seconds), max(peak, now.peak_bytes)
+            if not ended and took > seconds:
+                child.stop(seconds=0)
+                raise ServerError(f"{what} took longer than {seconds:g} s and was ended.")
+    finally:
+        os.close(told)
+    child.wait(_REAP_SECONDS)
     if child.exit_code() != 0:
         raise ServerError(f"{what} failed (exit code {child.exit_code()}).")
-    return took, seen
+    return took, Usage(cpu, peak)
 
 
 @dataclass

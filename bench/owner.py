@@ -425,10 +425,9 @@ def tell(report: Report, runs: Runs) -> None:
                     unit, values = "ms", [one[PLAIN].mean / 1000 for one in rounds]
                 if values:
                     report.series.append(Series(f"{title}, {row}", TITLES[circumstance], unit, values, 3))
-    report.notes += [
-        f"Of the {PLAIN} the times are shown, of all else the ratio to it in the same run.",
-        f"The {CAPTURE} saves the client a statement, and its round trip, which the others have.",
-    ]
+    report.notes.append(f"Of the {PLAIN} the times are shown, of all else the ratio to it in the same run.")
+    if any(CAPTURE in one for rounds in runs.values() for one in rounds):
+        report.notes.append(f"The {CAPTURE} saves the client a statement, and its round trip, which the others have.")
     for row in rows:
         if rounds := runs.get(Setting(OFF, row.clients, row.durable), []):
             late = Spread.of([one[PLAIN].p99 / 1000 for one in rounds]).median

@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psycopg
 import pytest
 
 import bench.__main__
-from bench import backfill, document, drain, growth, hot, idle, install, latency, limits, owner, read_model, reconcile
+from bench import (
+    backfill,
+    document,
+    drain,
+    growth,
+    hot,
+    idle,
+    install,
+    latency,
+    limits,
+    measure,
+    owner,
+    read_model,
+    reconcile,
+)
 from bench.__main__ import PARTS, main
 from bench.contender import Contender, prepared
-from bench.measure import turned
+from bench.measure import Usage, turned
 from bench.options import Options
 from bench.part import Part
 from bench.relay import Relay
@@ -25,7 +42,7 @@ from bench.servers import Servers, servers
 from bench.topics import Delivered
 from bench.view import View
 from bench.workload import Load
-from devstack.processes import ServerError
+from devstack.processes import Child, ServerError
 from outbox.config import Config
 from outbox.reader import Reader
 
@@ -46,6 +63,9 @@ def test_a_small_drain_delivers_every_entry_and_measures_the_relay_and_the_limit
     assert all(value > 0 for one in report.series for value in one.values if one.unit != "s")
     assert report.of("relay", drain.CPU)[0] > 0
     assert {one.contender for one in report.series} == {"relay", "COPY"}
+    # Nothing is said of whom nobody asked for.
+    assert not any("Connect" in note for note in report.notes)
+    assert not any("in 1 transactions" in note for note in report.notes)
 
 
 @pytest.mark.acceptance
@@ -148,6 +168,8 @@ def test_a_small_backfill_delivers_every_row_and_times_live_changes_beside_it(mo
         *(backfill.ALONE, backfill.BESIDE),
     }
     assert 0 < report.of(backfill.BESIDE, "p50")[0] <= report.of(backfill.BESIDE, "p99")[0]
+    assert report.of(backfill.BESIDE, backfill.MEANWHILE)[0] > 0
+    assert sum("% of the time in which changes came" in note for note in report.notes) == 1
     assert [(one.name, one.aim) for one in report.ratios if one.aim is not None] == [
         ("rate: relay-backfill / relay-drain", 1),
         ("idle p99: beside backfills / alone", 3),
@@ -355,5 +377,89 @@ def test_a_small_read_model_run_loads_updates_and_times_changes() -> None:
     """The real command, and a bare consumer with COPY; each in a database that is gone afterwards."""
     report = read_model.run(asked("model", "limit", entries=2000))
     assert report.of(read_model.MODEL, read_model.UPDATES)[0] > 0
+    assert report.of(read_model.STRICTER, read_model.LOAD)[0] >= report.of(read_model.LIMIT, read_model.LOAD)[0]
+    assert report.of(read_model.MODEL, read_model.IN_ALL)[0] >= report.of(read_model.MODEL, read_model.MEMORY)[0] > 0
+    assert not any("Connect" in note for note in report.notes)
     assert 0 < report.of(read_model.MODEL, read_model.P50)[0] <= report.of(read_model.MODEL, read_model.P99)[0]
-    assert [one.aim for one in report.ratios] == [0.5, 1.2]
+    assert [one.aim for one in report.ratios] == [0.5, None, 1.2]
+
+
+@pytest.mark.postgres
+def test_a_load_is_over_only_when_every_row_can_be_read(outbox_database: str) -> None:
+    """That the last keys are there is a sign; a row that is missing is waited for all the same."""
+    looks = 0
+    with psycopg.connect(outbox_database, autocommit=True) as connection:
+        connection.execute("CREATE TABLE copied (key text PRIMARY KEY)")
+        connection.execute("INSERT INTO copied SELECT 'k' || n FROM generate_series(1, 999) n")
+
+        def check() -> None:
+            nonlocal looks
+            looks += 1
+            if looks == 3:
+                connection.execute("INSERT INTO copied VALUES ('k0')")
+
+        awaited = [read_model.Awaited("copied", 1000)]
+        with read_model.watching(outbox_database, check) as watch:
+            watch.until(awaited, time.monotonic(), 60, "the last row")
+            assert watch.size(awaited) > 0
+    assert looks == 3
+
+
+def test_early_memory_is_that_of_the_look_at_which_a_tenth_was_there() -> None:
+    """By the size that the tables have in the end, which nobody knows before; in a tiny run, that of the only look."""
+    assert read_model.peak_at([(0, 5), (9, 6), (10, 7), (50, 9), (100, 12)], 0.1) == 7
+    assert read_model.peak_at([(0, 5)], 0.1) == 5
+
+
+# Holds memory and waits for another program, which it starts.
+_STARTING = """
+import subprocess, sys
+held = b"x" * int(sys.argv[1])
+sys.exit(subprocess.run([sys.executable, "-c", *sys.argv[2:]]).returncode)
+"""
+# Holds as much and works until a file is there; not longer than who started it.
+_STARTED = """
+import os, sys, time
+held, by = b"x" * int(sys.argv[1]), os.getppid()
+while os.getppid() == by and (time.process_time() < 0.5 or not os.path.exists(sys.argv[2])):
+    pass
+"""
+
+
+def test_what_a_command_used_is_also_what_the_process_used_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CPU of one that ended before it, memory of both at once; the second one stays until they were looked at."""
+    size, seen, look = 100_000_000, tmp_path / "seen", measure.tree_usage
+
+    def looking(pid: int) -> Usage:
+        found = look(pid)
+        if found.peak_bytes > 2 * size:
+            seen.touch()
+        return found
+
+    monkeypatch.setattr(measure, "tree_usage", looking)
+    command = [sys.executable, "-c", _STARTING, str(size), _STARTED, str(size), str(seen)]
+    _, used = measure.run_measured(Child(command, log=tmp_path / "log"), seconds=60, what="the command")
+    assert used.peak_bytes > 2 * size
+    assert used.cpu_seconds >= 0.5
+
+
+def test_a_command_that_fails_or_takes_too_long_gives_no_figures(tmp_path: Path) -> None:
+    """Its exit code is said; or it is ended."""
+    log = tmp_path / "log"
+    with pytest.raises(ServerError, match=r"it failed \(exit code 3\)"):
+        measure.run_measured(Child([sys.executable, "-c", "raise SystemExit(3)"], log=log), seconds=60, what="it")
+    endless = Child([sys.executable, "-c", "while True: pass"], log=log)
+    with pytest.raises(ServerError, match=r"it took longer than 0\.1 s"):
+        measure.run_measured(endless, seconds=0.1, what="it")
+    assert endless.exit_code() is not None
+
+
+def test_a_wrong_number_is_answered_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """No name of a function comes into it."""
+    for name in ("--entries", "--rounds", "--warm-up", "--seconds", "--stage-seconds"):
+        for value in ("soon", "-1", "nan"):
+            with pytest.raises(SystemExit):
+                main([f"{name}={value}"])
+            assert f"argument {name}: it must be a" in capsys.readouterr().err
