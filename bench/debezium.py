@@ -77,8 +77,9 @@ class RefusedError(ServerError):
 class Connect:
     """One distributed Kafka Connect worker with exactly-once source support; started at its first connector."""
 
-    def __init__(self, servers: Servers) -> None:
+    def __init__(self, servers: Servers, jars: install.Jars = install.SOURCE) -> None:
         self._servers = servers
+        self._jars = jars
         self._port = free_port()
         self._log = servers.directory / "connect.log"
         self.child: Child | None = None
@@ -87,7 +88,7 @@ class Connect:
         """Start it and wait until it answers; nothing happens when it runs."""
         if self.child is not None:
             return
-        install.connect()
+        self._jars.install()
         settings = {
             "bootstrap.servers": self._servers.kafka.bootstrap,
             "group.id": "bench-connect",
@@ -109,7 +110,7 @@ class Connect:
             *(java_program(), *HEAP, *JVM_TUNING, "-Ddevstack.level=WARN"),
             f"-Djava.io.tmpdir={self._servers.directory}",
             f"-Dlog4j2.configurationFile={LOGGING.as_uri()}",
-            *("-cp", f"{install.LIBS}/*", "org.apache.kafka.connect.cli.ConnectDistributed", str(file)),
+            *("-cp", f"{self._jars.libs}/*", "org.apache.kafka.connect.cli.ConnectDistributed", str(file)),
         ]
         self.child = Child(command, log=self._log, cwd=self._servers.directory)
         wait_for(self._answers, seconds=_START_SECONDS, what=f"Kafka Connect's start (see {self._log})")
@@ -209,7 +210,7 @@ class InWorker:
     @property
     def versions(self) -> Mapping[str, str]:
         """Itself, and the worker that it runs in."""
-        return install.debezium()
+        return install.SOURCE.versions
 
     def done(self, load: Load, added: int) -> bool:
         """A record for each row."""

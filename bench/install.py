@@ -1,13 +1,14 @@
 """Install what the comparison needs, when it is needed: Kafka Connect with Debezium, and the Python packages.
 
-All goes below `.stack/bench/`, apart from what the project itself is developed with; pom.xml and requirements.lock
-beside this file pin it.
+All goes below `.stack/bench/`, apart from what the project itself is developed with; pom.xml, sink.xml and
+requirements.lock beside this file pin it.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from devstack import install
@@ -15,21 +16,38 @@ from devstack.install import STACK, InstallError
 from devstack.processes import ServerError
 
 HERE = Path(__file__).parent
-LIBS = STACK / "bench" / "libs"
 VENV = STACK / "bench" / "venv"
 PYTHON = VENV / "bin" / "python"
-_POM = HERE / "pom.xml"
 _LOCK = HERE / "requirements.lock"
 
 
-def connect() -> None:
-    """Kafka Connect and Debezium; `ServerError` when they cannot be had."""
-    try:
-        install.check_java()
-        LIBS.parent.mkdir(parents=True, exist_ok=True)
-        install.install_jars("Kafka Connect and Debezium", _POM, LIBS)
-    except InstallError as error:
-        raise ServerError(str(error)) from error
+@dataclass(frozen=True, slots=True)
+class Jars:
+    """Kafka Connect with a connector of Debezium's: its name, what pins it, and where it lies."""
+
+    name: str
+    pom: Path
+    libs: Path
+
+    def install(self) -> None:
+        """Get them; `ServerError` when they cannot be had."""
+        try:
+            install.check_java()
+            self.libs.parent.mkdir(parents=True, exist_ok=True)
+            install.install_jars(f"Kafka Connect and {self.name}", self.pom, self.libs)
+        except InstallError as error:
+            raise ServerError(str(error)) from error
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of it and of Kafka Connect, as pinned."""
+        pom = self.pom.read_text()
+        named = {self.name: "debezium", "Kafka Connect": "kafka"}
+        return {name: re.findall(rf"<{which}.version>(.*?)<", pom)[0] for name, which in named.items()}
+
+
+SOURCE = Jars("Debezium", HERE / "pom.xml", STACK / "bench" / "libs")
+SINK = Jars("Debezium's JDBC sink", HERE / "sink.xml", STACK / "bench" / "sink-libs")
 
 
 def python_packages() -> None:
@@ -50,13 +68,6 @@ def python_packages() -> None:
     except InstallError as error:
         raise ServerError(str(error)) from error
     stamp.write_text(value + "\n")
-
-
-def debezium() -> dict[str, str]:
-    """The versions of Debezium and Kafka Connect, as pinned."""
-    pom = _POM.read_text()
-    named = {"Debezium": "debezium", "Kafka Connect": "kafka"}
-    return {name: re.findall(rf"<{which}.version>(.*?)<", pom)[0] for name, which in named.items()}
 
 
 def locked(*packages: str) -> dict[str, str]:

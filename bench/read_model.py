@@ -178,7 +178,7 @@ def run(options: Options) -> Report:
     with ExitStack() as stack:
         view.step("starting the servers")
         those = stack.enter_context(servers(stack.enter_context(options.work())))
-        connect = Connect(those)
+        connect = Connect(those, install.SINK)
         stack.callback(connect.close)
         takes: dict[str, Callable[[Run], Loaded]] = {}
         if "model" in options.peers:
@@ -200,7 +200,7 @@ def run(options: Options) -> Report:
                 view.step(_shown(who, one))
                 if number >= 0:
                     found.setdefault(who, []).append(one)
-        report.versions = those.versions([]) | (dict(install.debezium()) if SINK in takes else {})
+        report.versions = those.versions([]) | (install.SINK.versions if SINK in takes else {})
     _tell(report, found)
     return report
 
