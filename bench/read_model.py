@@ -504,7 +504,10 @@ def sink_settings(postgres: Postgres, database: str, topics: Sequence[str]) -> d
         "key.converter": "org.apache.kafka.connect.storage.StringConverter",
         "value.converter": "org.apache.kafka.connect.json.JsonConverter",
         "value.converter.schemas.enable": "true",
-        "transforms": "table",
+        "transforms": "key,table",
+        # It takes no key that is not a structure.
+        "transforms.key.type": "org.apache.kafka.connect.transforms.HoistField$Key",
+        "transforms.key.field": "key",
         "transforms.table.type": "org.apache.kafka.connect.transforms.RegexRouter",
         "transforms.table.regex": r"bench\.(thing|update)s.*",
         "transforms.table.replacement": "$1s",
