@@ -1,4 +1,4 @@
-"""How the relay's process is set up: a batch makes, and lets go of, tens of thousands of objects in several threads."""
+"""How the relay's process, or a read model's, is set up: batches make, and let go of, tens of thousands of objects."""
 
 from __future__ import annotations
 

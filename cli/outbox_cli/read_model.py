@@ -67,7 +67,9 @@ def run(settings: Settings, app: str, until_ready: bool, **flags: Any) -> None:
     model = load(app)
     from outbox.logs import configure
     from outbox.wake import Wake
+    from outbox_cli.process import tune
 
+    tune()
     configure(settings.config)
     wake = Wake()
 

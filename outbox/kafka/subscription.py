@@ -214,7 +214,7 @@ class Subscription:
             self._next.clear()
             # The client takes note that it left: one that is closed before that aborts the whole process.
             if (message := self._consumer.poll(0)) is not None:
-                self._take(message, Fetched())
+                self._take([message], Fetched())
             self._given = None
             self._subscribe()
 
@@ -240,8 +240,7 @@ class Subscription:
                     messages += self._consumer.consume(most, 0)
             except KafkaException as exception:
                 self._failed = exception
-            for message in messages:
-                self._take(message, fetched)
+            self._take(messages, fetched)
             if self._failed is not None and not fetched.reached:
                 failed, self._failed = self._failed, None
                 raise failed
@@ -251,24 +250,26 @@ class Subscription:
             self._given = None
         return fetched
 
-    def _take(self, message: Message, fetched: Fetched) -> None:
-        error = message.error()
-        place = Place(message.topic() or "", message.partition() or 0)
-        offset = message.offset() or 0
-        if error is not None:
-            self._take_error(error, place, offset, fetched)
-        elif place in self._next:  # not of before a rebalance
-            fetched.records.setdefault(place, []).append(
-                Record(
-                    place.partition,
-                    offset,
-                    message.timestamp()[1],
-                    message.key(),
-                    message.value(),
-                    cast("Sequence[tuple[str, bytes]]", message.headers() or ()),
+    def _take(self, messages: Iterable[Message], fetched: Fetched) -> None:
+        """Take what came, in its order."""
+        records, reached, own = fetched.records, fetched.reached, self._next
+        places: dict[tuple[str | None, int | None], Place] = {}
+        for message in messages:
+            where = message.topic(), message.partition()
+            place = places.get(where)
+            if place is None:
+                place = places[where] = Place(where[0] or "", where[1] or 0)
+            offset = message.offset() or 0
+            if (error := message.error()) is not None:
+                self._take_error(error, place, offset, fetched)
+            elif place in own:  # not of before a rebalance
+                if place not in records:
+                    records[place] = []
+                headers = cast("Sequence[tuple[str, bytes]]", message.headers() or ())
+                records[place].append(
+                    Record(place.partition, offset, message.timestamp()[1], message.key(), message.value(), headers)
                 )
-            )
-            self._next[place] = fetched.reached[place] = offset + 1
+                own[place] = reached[place] = offset + 1
 
     def _take_error(self, error: KafkaError, place: Place, offset: int, fetched: Fetched) -> None:
         code = error.code()

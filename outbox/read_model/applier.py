@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from outbox.kafka.reader import Record
 from outbox.kafka.subscription import Fetched, Place
@@ -110,7 +111,8 @@ class Applier:
 
     def _read(self, topic: str, records: Iterable[Record]) -> list[Change | Bad]:
         decode = self._declared.by_topic[topic].decode
-        return [read(Raw(*record), decode) for record in records]
+        # A record as it is read has the fields of one as it lies in the topic.
+        return [read(cast("Raw", record), decode) for record in records]
 
     def _apply(
         self, transaction: Transaction, follow: Follow, records: Sequence[Change | Bad], applied: Applied

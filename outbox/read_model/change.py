@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
 
-from outbox.message import CAUSE_HEADER, CONTENT_TYPE_HEADER, ID_HEADER, JSON_CONTENT_TYPE
+from outbox.message import CAUSE_HEADER, CONTENT_TYPE_HEADER, ID_HEADER
 
 NONE = -1
 """The id of a key of which nothing is held."""
@@ -80,21 +81,29 @@ Decode = Callable[[bytes, Mapping[str, bytes]], Any]
 
 def decode_json(value: bytes, headers: Mapping[str, bytes]) -> Any:
     """JSON, unless the record says that it is something else."""
-    said = headers.get(CONTENT_TYPE_HEADER, JSON_CONTENT_TYPE.encode()).decode(errors="replace")
-    if not said.partition(";")[0].strip().lower().endswith(("/json", "+json")):
-        raise ValueError(f"it is {said[:100]}, and no decode= is given for that")
+    said = headers.get(CONTENT_TYPE_HEADER)
+    if said is not None and not _is_json(said):
+        raise ValueError(f"it is {said.decode(errors='replace')[:100]}, and no decode= is given for that")
     return orjson.loads(value)
+
+
+@lru_cache(maxsize=100)
+def _is_json(content_type: bytes) -> bool:
+    named = content_type.decode(errors="replace").partition(";")[0].strip().lower()
+    return named.endswith(("/json", "+json"))
 
 
 def read(record: Raw, decode: Decode) -> Change | Bad:
     """What a record says."""
     key, entry_id = (record.key or b"").decode(errors="replace"), 0
     try:
-        entry_id = _entry_id(dict(record.headers))
-        headers = {name: value for name, value in record.headers if value is not None}
+        every = dict(record.headers)
+        entry_id = _entry_id(every.get(ID_HEADER, b"0"))
+        headers = {name: value for name, value in every.items() if value is not None}
         if not record.key:
             raise ValueError("it has no key")
-        record.key.decode()
+        if "\ufffd" in key:
+            record.key.decode()
         if "\0" in key:
             raise ValueError("its key has a NUL, which no text of a database may have")
         state = None if record.value is None else decode(record.value, headers)
@@ -104,9 +113,8 @@ def read(record: Raw, decode: Decode) -> Change | Bad:
     return Change(key, state, entry_id, record.timestamp_ms, cause.decode(errors="replace") if cause else None, record)
 
 
-def _entry_id(headers: Mapping[str, bytes | None]) -> int:
+def _entry_id(said: bytes | None) -> int:
     """Of what comes from no entry 0; raises `ValueError` for what cannot be one."""
-    said = headers.get(ID_HEADER, b"0")
     if said is None or not said.isdigit() or len(said) > 19 or int(said) > _GREATEST:
         raise ValueError(f"its header {ID_HEADER} is no entry's id: {said!r:.50}")
     return int(said)

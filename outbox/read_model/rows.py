@@ -26,7 +26,7 @@ def maker(into: Copy | Columns) -> Callable[[Change, int], Row]:
     if isinstance(into, Copy):
         return _copied
     values = [_value(into.table.c[name], how) for name, how in into.values.items()]
-    key = converter(into.table.c[into.key])
+    key = key_of(into)
     own = [name for name in (ENTRY_ID, UPDATED_AT) if name in into.table.c]
     time = _fit(into.table.c[UPDATED_AT]) if UPDATED_AT in own else _same
 
@@ -37,9 +37,11 @@ def maker(into: Copy | Columns) -> Callable[[Change, int], Row]:
     return make
 
 
-def key_of(into: Copy | Columns, key: str) -> Any:
-    """An entity's key as the table's column has it; raises `ValueError` for one that it cannot hold."""
-    return converter(into.table.c[KEY if isinstance(into, Copy) else into.key])(key)
+def key_of(into: Copy | Columns) -> Callable[[str], Any]:
+    """What makes of an entity's key what the table's column has; it raises `ValueError` for one that cannot be held."""
+    column = into.table.c[KEY if isinstance(into, Copy) else into.key]
+    made, fit = converter(column), _fit(column)
+    return made if fit is _same else lambda key: fit(made(key))
 
 
 def _copied(change: Change, held: int) -> Row:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Integer, SmallInteger, Table, and_, delete, func, select, tuple_, update
+from sqlalchemy import Connection, Table, and_, delete, func, select, tuple_, update
 from sqlalchemy import exc as sa
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -284,15 +284,11 @@ def _keeps_ids(into: Copy | Columns) -> bool:
 
 def _typed(into: Copy | Columns, keys: Sequence[str]) -> dict[Any, str]:
     """Keys by their values in the column, without those that no row can have."""
-    kind = into.table.c[_key_name(into)].type
-    bits = 16 if isinstance(kind, SmallInteger) else 64 if isinstance(kind, BigInteger) else 32
+    convert = key_of(into)
     found = {}
     for key in keys:
         try:
-            value = key_of(into, key)
+            found[convert(key)] = key
         except (TypeError, ValueError, ArithmeticError):
             continue
-        if isinstance(kind, Integer) and not -(1 << bits - 1) <= value < 1 << bits - 1:
-            continue
-        found[value] = key
     return found
