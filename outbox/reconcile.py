@@ -12,9 +12,10 @@ still cannot be told. What is compared lies in a file, as digests: memory does n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
+from typing import Any, cast
 
 import psycopg
 
@@ -98,8 +99,9 @@ class Reconciler:
         reading = self._reading()
         told = partial(self._tell_topic, reading)
         with beside(comparison.topic_path, comparison.equality, reading, told) as topic:
-            with self._snapshot() as snapshot:
-                comparison.take_rows(self._rows(topic.look))
+            # What is not read to its end is closed first: it holds the connection, which the transaction's end needs.
+            with self._snapshot() as snapshot, closing(self._rows(topic.look)) as rows:
+                comparison.take_rows(rows)
             topic.wait()
         return snapshot
 
@@ -141,22 +143,23 @@ class Reconciler:
                     cure="See which row it is: outbox backfill start names it.",
                 ) from error
 
-    def _rows(self, look: Callable[[], object]) -> Iterator[tuple[str, bytes | None]]:
+    def _rows(self, look: Callable[[], object]) -> Generator[tuple[str, bytes | None]]:
         """All rows, or those of the sample; `look` is called now and then, and may raise."""
         # A row without a key is no entity: outbox backfill start tells of it.
+        query = self._source.every(of=self.sample.sql if self.sample is not None else None)
         with self._connection.cursor() as cursor:
-            query = self._source.every(of=self.sample.sql if self.sample is not None else None)
-            rows = cursor.stream(query.encode(), {}, binary=True, size=ROWS_AT_ONCE)
-            for number, (key, state, *_) in enumerate(rows):
-                if number % ROWS_AT_ONCE == 0:
-                    self._told("source", number, None)
-                    look()
-                if key is None:
-                    raise ConfigError(
-                        f'The source of "{self._type.name}" has rows without a key.',
-                        cure="See: outbox backfill start --dry-run.",
-                    )
-                yield key, state
+            read = cursor.stream(query.encode(), {}, binary=True, size=ROWS_AT_ONCE)
+            with closing(cast("Generator[tuple[Any, ...]]", read)) as rows:
+                for number, (key, state, *_) in enumerate(rows):
+                    if number % ROWS_AT_ONCE == 0:
+                        self._told("source", number, None)
+                        look()
+                    if key is None:
+                        raise ConfigError(
+                            f'The source of "{self._type.name}" has rows without a key.',
+                            cure="See: outbox backfill start --dry-run.",
+                        )
+                    yield key, state
 
     def _rows_of(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
         given = self._source.looked_up(keys)

@@ -117,7 +117,7 @@ def command_line() -> str:
     by_code[2] = ["The command line was not understood, or there was no terminal to ask on; `reconcile` could not tell"]
     by_code[70] = ["Something unexpected; `--debug` shows the traceback"]
     by_code[74] = ["The output cannot be written"]
-    by_code[143] = ["`reconcile` was ended by SIGTERM; a second SIGTERM: stopped at once"]
+    by_code[143] = ["`reconcile` or `read-model rebuild` was ended by SIGTERM; a second SIGTERM: stopped at once"]
     by_code[130] = ["Stopped by Ctrl-C"]
     codes = [f"| {code} | {'; '.join(dict.fromkeys(texts))} |" for code, texts in sorted(by_code.items())]
     return CLI.format(

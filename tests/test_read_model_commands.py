@@ -65,7 +65,10 @@ def test_it_is_run_looked_at_rebuilt_and_compared(env: dict[str, str], topic: To
     (parked,) = said(env, "parked")
     assert (parked["key"], "cannot be decoded" in parked["reason"]) == ("bad", True)
     retried = run(env, "read-model", "parked", "--retry", "--app", "copies:model")
-    assert (retried.returncode, retried.stdout) == (1, "applied: 0, still parked: 1\n")
+    assert (retried.returncode, retried.stdout) == (
+        1,
+        "applied: 0, still parked: 1\nSee which and why: outbox read-model parked --app copies:model\n",
+    )
     topic.write({"bad": {"n": "good"}})
     running = Child([str(OUTBOX), "read-model", "run", "--app", "copies:model"], log=tmp_path / "log", env=env)
     try:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
@@ -266,6 +267,14 @@ def test_another_mapping_has_another_fingerprint() -> None:
         (lambda: Columns(OWN, {"nowhere": "name"}), "has no column nowhere"),
         (lambda: Columns(OWN, {"name": "name", "entry_id": "id"}), "filled by itself"),
         (lambda: Columns(OWN, {"price": "price"}, key="name"), "primary key"),
+        (lambda: Columns(OWN, {"name": cast("Any", 5)}), "does not say what the column name"),
+        (lambda: Columns(OWN, {"name": cast("Any", ("a", len, 1))}), "does not say what the column name"),
+        (lambda: Columns(OWN, {"price": "price"}), "name of conform_own may not be null"),
+        (lambda: Follow("a b/c", Copy(COPY)), "cannot be the name of a topic"),
+        (lambda: Declared("m", [FOLLOWS["copy"], replace(FOLLOWS["own"], type="conform.copy")]), "have one type"),
+        (lambda: SqliteStore(":memory:"), "is no file"),
+        (lambda: SqliteStore("/nowhere/at/all.db").create(DECLARED), "cannot be a file"),
+        (lambda: PostgresStore("postgresql://me@here:port/db"), "no URL of a PostgreSQL database"),
         (lambda: Copy(OWN), "has no column state"),
         (lambda: Function(lambda _t, _c: None, writes=[Table("bare", MetaData(), Column("x", Text))]), "primary key"),
         (lambda: counting(Column("id", Integer, primary_key=True)), "made by the server"),
@@ -287,9 +296,35 @@ def test_what_cannot_be_is_refused_where_it_is_declared(declare: Callable[[], ob
     assert caught.value.cure
 
 
+def test_a_value_that_cannot_be_is_said_with_its_column() -> None:
+    """And with the member that it came from; the key's own, too."""
+    make = maker(Columns(OWN, {"name": "title", "price": lambda change: len(change.state["n"])}))
+    for state, why in (
+        ({"title": 5, "n": ""}, r"column name \(of 'title'\): TypeError: 5 is no text"),
+        ({"title": "t", "n": 5}, "column price: TypeError: object of type 'int' has no len"),
+        ([1], "the state is no object"),
+    ):
+        one = change("7", state, 5)
+        assert isinstance(one, Change)
+        with pytest.raises(ValueError, match=why):
+            make(one, 5)
+
+
+def test_a_file_that_is_no_database_is_said_with_its_cure(tmp_path: Path) -> None:
+    """It is not the service's schema that is wrong."""
+    (tmp_path / "model.db").write_bytes(b"something else" * 100)
+    with pytest.raises(StoreError, match="not a database") as caught:
+        SqliteStore(tmp_path / "model.db").open(DECLARED)
+    assert "Correct the path" in caught.value.cure
+
+
 def test_a_store_without_its_tables_says_which(tmp_path: Path) -> None:
     """And one whose table has no such column."""
     store = SqliteStore(tmp_path / "model.db")
+    with pytest.raises(SchemaError, match=r"There is no file .*model\.db"):
+        store.open(DECLARED)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "model.db").touch()
     with pytest.raises(SchemaError, match=r"outbox_read_model_models .* is missing"):
         store.open(DECLARED)
     store.create(DECLARED)

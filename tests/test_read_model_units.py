@@ -58,7 +58,7 @@ from outbox.read_model.currency import Currency
 from outbox.read_model.declared import Declared
 from outbox.read_model.model import Running
 from outbox.read_model.rows import converter, maker
-from outbox.read_model.store import Claim, RefusedError
+from outbox.read_model.store import BadBuildError, Claim, RefusedError
 from outbox.read_model.transaction import SqlTransaction
 from outbox.wake import Wake
 from relays import eventually
@@ -467,7 +467,8 @@ def test_what_is_parked_comes_in_pages(store: SqliteStore, monkeypatch: pytest.M
         transaction.park(FOLLOW, bad)
     assert [one.key for one in model.parked()] == [f"k{n}" for n in range(10)]
     assert [one.key for one in model.parked("t", ["k3", "k7", "x"])] == ["k3", "k7"]
-    assert list(model.parked("u")) == []
+    with pytest.raises(ConfigError, match="does not follow the topic u"):
+        model.parked("u")
     assert model.status().parked == 10
 
 
@@ -632,6 +633,54 @@ def test_a_rebuild_is_made_by_the_mapping_that_asked_for_it(log: Log, store: Sql
 
 
 # -- running -------------------------------------------------------------------------------------------------------
+
+
+def test_until_ready_refuses_a_copy_of_which_everything_is_parked(log: Log, store: SqliteStore) -> None:
+    """A deployment's step must not pass; a message that is rubbish among others is none of its business."""
+    log.write("a", {"name": 5}, 1)
+    with closing(Wake()) as wake, pytest.raises(BadBuildError, match="named of the read model m is empty: of t 1"):
+        a_model(store, Follow("t", Columns(NAMED, {"name": "name"}))).run(wake, until_ready=True)
+    log.write("b", {"name": "n"}, 2)
+    with closing(Wake()) as wake:
+        assert a_model(store, Follow("t", Columns(NAMED, {"name": "name"}))).run(wake, until_ready=True)
+
+
+def test_tables_that_another_name_has_filled_are_made_anew(log: Log, store: SqliteStore) -> None:
+    """What was deleted between the two would stay."""
+    log.write("a", {"n": 1}, 1)
+    log.write("gone", {"n": 1}, 2)
+    with closing(Wake()) as wake:
+        assert a_model(store).run(wake, until_ready=True)
+    log.records = {place: [] for place in log.records}
+    log.write("a", {"n": 1}, 3)
+    renamed = ReadModel("renamed", store, [FOLLOW], bootstrap="none", check_seconds=0.001)
+    with closing(Wake()) as wake:
+        assert renamed.run(wake, until_ready=True)
+    assert copied(store) == {"a": {"n": 1}}
+    refusing = ReadModel("third", store, [FOLLOW], bootstrap="none", check_seconds=0.001, on_mapping_change="refuse")
+    with closing(Wake()) as wake, pytest.raises(NeedsRebuildError, match="copied has rows that it has not written"):
+        refusing.run(wake)
+
+
+def test_what_is_parked_is_not_tried_by_a_mapping_that_did_not_make_the_rows(log: Log, store: SqliteStore) -> None:
+    """They would be of two mappings; the rebuild tries them."""
+    log.write("k", {"name": "n", "size": 1}, 1)
+    with closing(Wake()) as wake:
+        assert a_model(store, Follow("t", Columns(NAMED, {"name": "name"}))).run(wake, until_ready=True)
+    mended = a_model(store, Follow("t", Columns(NAMED, {"name": "name", "size": "size"})))
+    assert (mended.status().same_mapping, mended.status().own_rebuild) == (False, True)
+    with pytest.raises(NeedsRebuildError, match="made by another mapping"):
+        mended.retry()
+
+
+def test_the_copy_is_known_as_soon_as_the_block_begins(log: Log, store: SqliteStore) -> None:
+    """Whether it may be served; without Kafka."""
+    log.write("k", {}, 1)
+    with closing(Wake()) as wake:
+        assert a_model(store).run(wake, until_ready=True)
+    log.away = BrokerUnavailableError("Kafka does not answer.")
+    with a_model(store).running() as running:
+        assert running.loaded
 
 
 def test_until_ready_means_rebuilt_where_that_was_asked_for_and_once(

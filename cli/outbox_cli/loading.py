@@ -23,6 +23,11 @@ def load_attribute(name: str, *, what: str, example: str) -> object:
             f"The module {module} cannot be imported: {error}.",
             cure="Run it in the service's environment, in the directory that its modules are imported from.",
         ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"The module {module} fails while it is imported: {error.__class__.__name__}: {error}.",
+            cure="Give it what it needs (a variable of the environment, a setting); --debug shows where it fails.",
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"The module {module} has no {attribute}.", cure=f"Define it: {what}.")

@@ -5,22 +5,40 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from outbox.errors import ConfigError
+from outbox.errors import ConfigError, OutboxError
 from outbox_cli.loading import load_attribute
-from outbox_cli.settings import Settings, fail, json_option, print_json, printable, table, with_settings
+from outbox_cli.settings import Settings, end_by_error, fail, json_option, print_json, printable, table, with_settings
 
 if TYPE_CHECKING:
     from outbox.read_model import ReadModel
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _EXAMPLE = 'ReadModel("search", SqliteStore("search.db"), [Follow("shop.customer", Copy(customers))], bootstrap="...")'
 
 app_option = click.option(
     "--app", required=True, metavar="MODULE:ATTRIBUTE", help="The service's outbox.read_model.ReadModel."
 )
+
+
+def _named(function: F) -> F:
+    """Have cures name the app that was given, so that they can be pasted."""
+
+    @wraps(function)
+    def wrapped(settings: Settings, app: str, **arguments: Any) -> Any:
+        try:
+            return function(settings, app, **arguments)
+        except OutboxError as error:
+            error.cure = error.cure.replace("MODULE:ATTRIBUTE", app)
+            raise
+
+    return wrapped  # type: ignore[return-value]  # the same call
 
 
 @click.group("read-model", epilog="Example: outbox read-model status --app search.copies:model")
@@ -58,6 +76,7 @@ def load(name: str) -> ReadModel:
 @click.option("--log-format", type=click.Choice(["auto", "human", "json"]), help="[OUTBOX_LOG_FORMAT]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[OUTBOX_LOG_LEVEL]")
 @with_settings
+@_named
 def run(settings: Settings, app: str, until_ready: bool, **flags: Any) -> None:
     """Keep the copy up to date until stopped.
 
@@ -88,6 +107,7 @@ def run(settings: Settings, app: str, until_ready: bool, **flags: Any) -> None:
 @app_option
 @json_option
 @with_settings
+@_named
 def status(settings: Settings, app: str, as_json: bool) -> None:
     """Show how old the copy is, whether it is whole, what is parked. Kafka is not asked."""
     del settings
@@ -98,7 +118,9 @@ def status(settings: Settings, app: str, as_json: bool) -> None:
                 "model": found.model,
                 "loaded_at": found.loaded_at,
                 "staleness_seconds": found.staleness,
+                "same_mapping": found.same_mapping,
                 "rebuild": found.rebuild,
+                "rebuild_by_this_mapping": found.rebuild is not None and found.own_rebuild,
                 "parked": found.parked,
                 "offsets": dict(found.offsets),
             }
@@ -106,8 +128,11 @@ def status(settings: Settings, app: str, as_json: bool) -> None:
         return
     click.echo(f"{found.model}: {'whole' if found.loaded_at else 'not whole yet'}", nl=False)
     click.echo("" if found.staleness is None else f", known to be current {found.staleness:,.0f} s ago")
+    if not found.same_mapping:
+        click.echo("the mapping is another one than that of the rows")
     if found.rebuild is not None:
-        click.echo(f"a rebuild is asked for: {found.rebuild}")
+        by = "" if found.own_rebuild else " (by another mapping than this one: its process does it)"
+        click.echo(f"a rebuild is asked for{by}: {found.rebuild}")
     click.echo(f"parked: {found.parked:,}")
     if found.offsets:
         click.echo(table(("PARTITION", "APPLIED TO"), list(found.offsets.items())))
@@ -117,10 +142,12 @@ def status(settings: Settings, app: str, as_json: bool) -> None:
 @app_option
 @json_option
 @with_settings
+@_named
 def rebuild(settings: Settings, app: str, as_json: bool) -> None:
     """Make the copy anew from the topics, beside the live one, and swap. Exit 1 when another process does so."""
     del settings
     model = load(app)
+    signal.signal(signal.SIGTERM, end_by_error)
     with click.progressbar(length=1, label=f"rebuilding {model.declared.name}", file=sys.stderr) as bar:
 
         def told(done: int, of: int) -> None:
@@ -143,6 +170,7 @@ def rebuild(settings: Settings, app: str, as_json: bool) -> None:
 @click.option("--key", multiple=True, metavar="KEY", help="Only those of this key.")
 @json_option
 @with_settings
+@_named
 def parked(settings: Settings, app: str, retry: bool, topic: str | None, key: tuple[str, ...], as_json: bool) -> None:
     """List the messages that could not be applied, or apply them once more. Exit 1 when some are left after a retry."""
     del settings
@@ -153,6 +181,8 @@ def parked(settings: Settings, app: str, retry: bool, topic: str | None, key: tu
             print_json({"applied": done.changes, "parked": done.parked})
         else:
             click.echo(f"applied: {done.changes:,}, still parked: {done.parked:,}")
+            if done.parked:
+                click.echo(f"See which and why: outbox read-model parked --app {app}")
         if done.parked:
             fail(1)
         return

@@ -21,6 +21,7 @@ from outbox_cli.settings import (
     ENTITY_TYPE,
     Seconds,
     Settings,
+    end_by_error,
     fail,
     find_type,
     json_option,
@@ -85,17 +86,17 @@ def command(
     """
     if app is not None and (repair or sample is not None):
         raise click.UsageError(
-            "--read-model goes without --repair and --sample; "
-            "mend it: outbox read-model rebuild --app MODULE:ATTRIBUTE."
+            f"--read-model goes without --repair and --sample; mend it: outbox read-model rebuild --app {app}."
         )
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end_by_error)
     try:
         if app is not None:
             report = _of_read_model(app, type_name, timeout)
         else:
             report = _of_source(settings, type_name, repair=repair, timeout=timeout, sample=sample)
     except OutboxError as error:
-        raise NotTold(error.message, cure=error.cure) from error
+        cure = error.cure if app is None else error.cure.replace("MODULE:ATTRIBUTE", app)
+        raise NotTold(error.message, cure=cure) from error
     except psycopg.Error as error:
         known = translate(error, place(settings.config.database_url))
         raise NotTold(known.message, cure=known.cure) from error
@@ -105,11 +106,6 @@ def command(
             cure="It needs some 400 bytes a key in the directory that TMPDIR names.",
         ) from error
     _conclude(report, as_json=as_json, sampled=sample is not None)
-
-
-def _end(number: int, _frame: object) -> None:
-    """End by the way of errors: files and the other process go."""
-    sys.exit(128 + number)
 
 
 def _of_source(settings: Settings, type_name: str, *, repair: bool, timeout: float, sample: int | None) -> Report:

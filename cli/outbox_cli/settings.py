@@ -230,6 +230,11 @@ def printable(value: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
+def end_by_error(number: int, _frame: object) -> NoReturn:
+    """A signal's handler: end by the way of errors, so that files, copies and other processes go."""
+    sys.exit(128 + number)
+
+
 def fail(code: int) -> NoReturn:
     """End with an exit code that is no error."""
     raise click.exceptions.Exit(code)
@@ -240,6 +245,7 @@ __all__ = [
     "OutboxError",
     "Settings",
     "confirm",
+    "end_by_error",
     "fail",
     "find_type",
     "json_option",

@@ -74,7 +74,8 @@ def _up(port: int, rate: float) -> int:
         try:
             listening.bind(("127.0.0.1", port))
         except OSError as error:
-            print(f"Port {port} cannot be had ({error.strerror}); choose another: --port", file=sys.stderr)
+            another = f'make example ARGS="--port {port + 1}"'
+            print(f"Port {port} cannot be had ({error.strerror}); choose another: {another}", file=sys.stderr)
             return 78
         directory = Path(made)
         # PostgreSQL may run as another user, who must be able to enter.
@@ -86,6 +87,7 @@ def _up(port: int, rate: float) -> int:
                 load.start()
                 listening.listen()
                 print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
+                print(f'elsewhere: make example ARGS="stop kafka" (start; {", ".join(PARTS)}; status)', file=sys.stderr)
                 try:
                     uvicorn.Server(uvicorn.Config(app(market, load), log_level="warning")).run([listening])
                 finally:

@@ -14,8 +14,8 @@ from outbox.kafka.admin import Admin
 from outbox.kafka.subscription import Bounds, Place, Subscription, check_passthrough
 from outbox.read_model.applier import Applied, Applier, GapError, LostPlacesError
 from outbox.read_model.currency import Currency
-from outbox.read_model.declared import Declared
-from outbox.read_model.store import Claim, Facts, Store
+from outbox.read_model.declared import Declared, Function
+from outbox.read_model.store import BadBuildError, Claim, Facts, Store
 from outbox.telemetry import emit
 
 log = logging.getLogger("outbox.read_model")
@@ -122,8 +122,20 @@ class Consumer:
         self._made_by = facts.fingerprint or self._declared.fingerprint
         if facts.fingerprint is None:
             self._store.know(fingerprint=self._declared.fingerprint)
+            if held := self._held():
+                # By another name, or before its books were lost: what was deleted meanwhile would stay.
+                self._needs_rebuild(
+                    f"the table {held} has rows that it has not written", self._settings.on_mapping_change
+                )
         elif facts.fingerprint != self._declared.fingerprint:
             self._needs_rebuild("the mapping was changed", self._settings.on_mapping_change)
+
+    def _held(self) -> str | None:
+        """A table that has rows; not of functions, which may share theirs with the rest of the service."""
+        for follow in self._declared.follows:
+            if not isinstance(follow.into, Function) and next(iter(self._store.rows(follow)), None) is not None:
+                return follow.into.table.fullname
+        return None
 
     def _asked(self, facts: Facts) -> None:
         """Take note of a rebuild that is asked for, if it is by this mapping: another one is another process's."""
@@ -303,6 +315,20 @@ class Consumer:
         return float(state.settings["delete.retention.ms"]) if state is not None else None
 
     # -- beside the steps --------------------------------------------------------------------------------------
+
+    def check_useful(self) -> None:
+        """Refuse a copy of which a mapping has parked everything: `BadBuildError`."""
+        for follow in self._declared.follows:
+            if isinstance(follow.into, Function) or next(iter(self._store.rows(follow)), None) is not None:
+                continue
+            with self._store.transaction(reads=True) as transaction:
+                parked, count = transaction.parked(follow.topic, limit=1), transaction.parked_count(follow.topic)
+            for one in parked:
+                raise BadBuildError(
+                    f"The table {follow.into.table.fullname} of the read model {self._declared.name} is empty: of "
+                    f"{follow.topic} {count} messages are parked, the first because {one.reason}.",
+                    cure="Mend the mapping of the topic.",
+                )
 
     def look_soon(self) -> None:
         """Look at the next step how far all is, and what is asked for."""

@@ -9,6 +9,7 @@ Follow("shop.user", Function(denormalise, writes=[adverts])),
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -21,6 +22,8 @@ from outbox.read_model.change import Change, Decode, decode_json
 
 KEY, STATE, ENTRY_ID, UPDATED_AT = "key", "state", "entry_id", "updated_at"
 """The columns of a plain copy; `entry_id` and `updated_at` may be in a table of one's own, too."""
+
+_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 Convert = Callable[[Any], Any]
 
@@ -99,6 +102,20 @@ class Columns:
             raise ConfigError(
                 f"{', '.join(sorted(own))} of {self.table.name} is filled by itself.", cure="Leave it out."
             )
+        for name, how in self.values.items():
+            pair = isinstance(how, tuple) and len(how) == 2 and isinstance(how[0], str) and callable(how[1])
+            if not (isinstance(how, str) or pair or callable(how)):
+                raise ConfigError(
+                    f"{how!r} does not say what the column {name} of {self.table.name} is filled with.",
+                    cure='Give it a member of the state, "name"; a pair of one and what converts it, ("name", '
+                    "str.upper); or a function of the change.",
+                )
+        filled = {self.key, ENTRY_ID, UPDATED_AT, *self.values}
+        if empty := [column.name for column in self.table.c if column.name not in filled and _must_be_given(column)]:
+            raise ConfigError(
+                f"{', '.join(empty)} of {self.table.name} may not be null, has no default, and is filled with nothing.",
+                cure="Say what it is filled with, or let it be nullable.",
+            )
 
     @property
     def writes(self) -> Sequence[Table]:
@@ -160,6 +177,13 @@ class Follow:
     decode: Decode = decode_json
     version: int = 0
 
+    def __post_init__(self) -> None:
+        if not _TOPIC.fullmatch(self.topic):
+            raise ConfigError(
+                f"{self.topic!r} cannot be the name of a topic.",
+                cure="Kafka's have letters, digits, dots, _ and - alone.",
+            )
+
     @property
     def name(self) -> str:
         """The entity type."""
@@ -182,6 +206,10 @@ class Declared:
         by_topic = {one.topic: one for one in self.follows}
         if len(by_topic) < len(self.follows):
             raise ConfigError(f"The read model {self.name} follows a topic twice.", cure="Name each once.")
+        if len({one.name for one in self.follows}) < len(self.follows):
+            raise ConfigError(
+                f"Two topics of the read model {self.name} have one type=.", cure="Give each the type that it carries."
+            )
         plain = [
             table.fullname for one in self.follows if not isinstance(one.into, Function) for table in one.into.writes
         ]
@@ -226,6 +254,11 @@ def _check_columns(table: Table, names: Sequence[str]) -> None:
         )
     if not list(table.primary_key):
         raise ConfigError(f"The table {table.name} has no primary key.", cure="Give it one: a rebuild compares by it.")
+
+
+def _must_be_given(column: Column[Any]) -> bool:
+    made = column.server_default, column.default, column.identity, column.computed
+    return not column.nullable and all(one is None for one in made)
 
 
 def _check_key_is_given(table: Table) -> None:

@@ -50,6 +50,10 @@ class Dialect:
         """What mends an error that is neither of the moment nor of the values."""
         raise NotImplementedError
 
+    def come_back(self) -> str:
+        """What may have to be done until it can be used again."""
+        return "Check that it runs and that the store's URL points at it."
+
     def has_equality(self, column: Column[Any]) -> bool:
         """Whether its values can be compared."""
         raise NotImplementedError
@@ -79,7 +83,7 @@ class Dialect:
         blame = "moment" if error.connection_invalidated else self.blame(cause)
         if blame == "moment":
             return StoreUnavailableError(
-                f"The read model's database cannot be used now: {said}.", cure="It is tried again."
+                f"The read model's database cannot be used now: {said}.", cure=self.come_back()
             )
         if blame == "values":
             return RefusedError(said)

@@ -12,7 +12,14 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from outbox.errors import ConfigError, NotCaughtUpError, OutboxError, ParkedError, StoreUnavailableError
+from outbox.errors import (
+    ConfigError,
+    NeedsRebuildError,
+    NotCaughtUpError,
+    OutboxError,
+    ParkedError,
+    StoreUnavailableError,
+)
 from outbox.read_model.applier import Applied, Applier
 from outbox.read_model.applier import parked as all_parked
 from outbox.read_model.consumer import Consumer, OnChange, Settings, is_passing
@@ -29,13 +36,16 @@ _FETCH_SECONDS = 0.5
 _BACKOFF_LEAST, _BACKOFF_MOST = 0.1, 10.0
 _REBUILD_AGAIN = 60.0
 _LOOK_SECONDS = 0.02
+# So long `running()` waits at the most for a store that does not say whether it is there.
+_OPEN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Status:
     """How a read model is.
 
-    `staleness`: how many seconds ago all its topics were known to be read to their ends (None: never).
+    `staleness`: how many seconds ago all its topics were known to be read to their ends (None: never). `same_mapping`:
+    its rows were made by this mapping; `own_rebuild`: a rebuild that is asked for is by this mapping.
     """
 
     model: str
@@ -44,6 +54,8 @@ class Status:
     rebuild: str | None
     parked: int
     offsets: Mapping[str, int]
+    same_mapping: bool
+    own_rebuild: bool
 
 
 class ReadModel:
@@ -97,11 +109,8 @@ class ReadModel:
         rebuilder: _Rebuilder | None = None
         there = False
         try:
-            while not wake.is_set and not patience.does(consumer.open):
-                pass
-            if running is not None:
-                running.watches(consumer)
-            emit(log, "read_model.started", model=self.declared.name, topics=", ".join(self.declared.by_topic))
+            if self._open(consumer, wake, patience, running):
+                emit(log, "read_model.started", model=self.declared.name, topics=", ".join(self.declared.by_topic))
             looks = consumer.looks
             while not wake.is_set:
                 went = patience.does(lambda: consumer.step(_FETCH_SECONDS))
@@ -120,6 +129,7 @@ class ReadModel:
                 elif consumer.rebuild is not None:
                     rebuilder = _Rebuilder(self, wake, consumer.rebuild, again=not until_ready)
                 elif until_ready and consumer.currency.ready:
+                    consumer.check_useful()
                     there = True
                     break
         finally:
@@ -129,6 +139,17 @@ class ReadModel:
             consumer.close()
             emit(log, "read_model.stopped", model=self.declared.name)
         return there
+
+    @staticmethod
+    def _open(consumer: Consumer, wake: Wake, patience: _Patience, running: Running | None) -> bool:
+        """Open the store, however long it is away; False when `wake` is set before."""
+        while not wake.is_set:
+            opened = patience.does(consumer.open)
+            if running is not None:
+                running.watches(consumer if opened else None)
+            if opened:
+                return True
+        return False
 
     @contextmanager
     def running(self) -> Iterator[Running]:
@@ -168,6 +189,8 @@ class ReadModel:
             facts.rebuild,
             facts.parked,
             {f"{place.topic} {place.partition}": offset for place, offset in sorted(offsets.items())},
+            facts.fingerprint in {None, self.declared.fingerprint},
+            facts.rebuild_for in {None, self.declared.fingerprint},
         )
 
     def rebuild(self, *, told: Progress = lambda _done, _of: None, wake: Wake | None = None) -> bool:
@@ -182,14 +205,34 @@ class ReadModel:
                 own.close()
 
     def parked(self, topic: str | None = None, keys: Sequence[str] | None = None) -> Iterator[Parked]:
-        """The messages that could not be applied (of a topic, of some keys), by topic and key."""
-        self.store.open(self.declared)
+        """The messages that could not be applied (of a topic, of some keys), by topic and key.
+
+        `ConfigError` for a topic that is not followed.
+        """
+        self._opened(topic)
         return all_parked(self.store, topic=topic, keys=keys)
 
     def retry(self, topic: str | None = None, keys: Sequence[str] | None = None) -> Applied:
-        """Apply what is parked once more."""
-        self.store.open(self.declared)
+        """Apply what is parked once more.
+
+        `NeedsRebuildError` when the rows that there are were made by another mapping: a rebuild tries all of it again.
+        """
+        self._opened(topic)
+        if self.store.facts().fingerprint not in {None, self.declared.fingerprint}:
+            raise NeedsRebuildError(
+                f"The rows of the read model {self.declared.name} were made by another mapping than this one.",
+                cure="Make them anew, which tries what is parked again: "
+                "outbox read-model rebuild --app MODULE:ATTRIBUTE.",
+            )
         return Applier(self.declared, self.store).retry(topic, keys)
+
+    def _opened(self, topic: str | None) -> None:
+        if topic is not None and topic not in self.declared.by_topic:
+            raise ConfigError(
+                f"The read model {self.declared.name} does not follow the topic {topic}.",
+                cure=f"It follows {', '.join(self.declared.by_topic)}.",
+            )
+        self.store.open(self.declared)
 
 
 class _Patience:
@@ -272,14 +315,16 @@ class Running:
         self._model = model
         self._wake = Wake()
         self._changed = threading.Condition()
+        self._begun = threading.Event()
         self._consumer: Consumer | None = None
         self._error: BaseException | None = None
         self._counts = Applied()
         self._thread = threading.Thread(target=self._run, name=f"outbox-{model.declared.name}", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin, and wait until the store is open, or was found to be away: what it holds is known then."""
         self._thread.start()
+        self._begun.wait(_OPEN_SECONDS)
 
     def stop(self) -> None:
         """End after the batch at hand. Raises what ended it before."""
@@ -297,13 +342,15 @@ class Running:
             self._error = error
             log.exception("the read model %s ended", self._model.declared.name)
         finally:
+            self._begun.set()
             self.notify()
 
     # -- told by the consumer ----------------------------------------------------------------------------------
 
-    def watches(self, consumer: Consumer) -> None:
-        """Whose state it shows."""
+    def watches(self, consumer: Consumer | None) -> None:
+        """Whose state it shows; None: of one whose store cannot be opened now."""
         self._consumer = consumer
+        self._begun.set()
 
     def applied(self, applied: Applied) -> None:
         """Count a transaction."""
@@ -358,6 +405,8 @@ class Running:
         `entry_id` is what `outbox.put` returned; a later state of the key will do. `ParkedError` when that entry, or a
         later one, could not be applied.
         """
+        if not isinstance(entry_id, int):
+            raise ConfigError(f"{entry_id!r} is no entry's id.", cure="Give the number that outbox.put returned.")
         follow = self._model.declared.follow(type)
         deadline = None if timeout is None else time.monotonic() + timeout
 

@@ -22,6 +22,7 @@ from sqlalchemy import (
     event,
     func,
     literal,
+    make_url,
     select,
     text,
     types,
@@ -72,6 +73,12 @@ class PostgresStore(SqlStore):
         if not colon or scheme not in {"postgres", "postgresql", "postgresql+psycopg"}:
             raise ConfigError("This is no URL of a PostgreSQL database.", cure="Write postgresql://user@host/database.")
         self._url = f"postgresql+psycopg://{rest}"
+        try:
+            make_url(self._url)
+        except (sa.ArgumentError, ValueError) as error:
+            raise ConfigError(
+                f"This is no URL of a PostgreSQL database: {error}.", cure="Write postgresql://user@host/database."
+            ) from error
         if not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
             raise ConfigError(
                 f"seconds of a PostgresStore cannot be {seconds!r}.",

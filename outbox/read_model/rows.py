@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Column, types
@@ -32,9 +33,27 @@ def maker(into: Copy | Columns) -> Callable[[Change, int], Row]:
 
     def make(change: Change, held: int) -> Row:
         kept = {ENTRY_ID: max(held, 0), UPDATED_AT: time(_time(change.updated_ms))}
-        return key(change.key), *(value(change) for value in values), *(kept[name] for name in own)
+        try:
+            return key(change.key), *(value(change) for value in values), *(kept[name] for name in own)
+        except Exception as error:
+            raise ValueError(_blamed(into, change, key, values) or f"{error.__class__.__name__}: {error}") from error
 
     return make
+
+
+def _blamed(
+    into: Columns, change: Change, key: Callable[[str], Any], values: Sequence[Callable[[Change], Any]]
+) -> str | None:
+    """Which column cannot be filled, and why."""
+    tried: list[tuple[str, Callable[[], Any]]] = [(into.key, lambda: key(change.key))]
+    tried += [(name, partial(value, change)) for name, value in zip(into.values, values, strict=True)]
+    for name, make in tried:
+        try:
+            make()
+        except Exception as error:  # noqa: BLE001  the service's own function may raise anything
+            of = f" (of {into.values[name]!r})" if isinstance(into.values.get(name), str) else ""
+            return f"column {name}{of}: {error.__class__.__name__}: {error}"
+    return None
 
 
 def key_of(into: Copy | Columns) -> Callable[[str], Any]:
@@ -65,6 +84,8 @@ def _told(column: Column[Any], how: str | tuple[str, Convert] | Callable[[Change
 
     def value(change: Change) -> Any:
         found = change.state
+        if not isinstance(found, dict):
+            raise TypeError("the state is no object, which has members")
         for name in path:
             found = found.get(name) if isinstance(found, dict) else None
         return None if found is None else convert(found)

@@ -16,7 +16,8 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.elements import ColumnElement
 
-from outbox.errors import ConfigError
+from outbox.errors import ConfigError, SchemaError
+from outbox.read_model.declared import Declared
 from outbox.read_model.dialect import Blame
 from outbox.read_model.sql import SqlStore
 
@@ -46,6 +47,10 @@ class SqliteStore(SqlStore):
     def __init__(self, path: str | Path, *, seconds: float = _SECONDS) -> None:
         super().__init__(sqlite.insert, schema=None)
         self._path = Path(path)
+        if str(path) in {"", ":memory:"}:
+            raise ConfigError(
+                f"{str(path)!r} is no file, and a copy that is lost with the process is none.", cure="Name a file."
+            )
         if not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
             raise ConfigError(
                 f"seconds of a SqliteStore cannot be {seconds!r}.",
@@ -53,7 +58,18 @@ class SqliteStore(SqlStore):
             )
         self._seconds = seconds
 
+    def open(self, declared: Declared) -> None:
+        """See `Store.open`; a file that is missing is not made."""
+        if self._engine is None and not self._path.exists():
+            raise SchemaError(
+                f"There is no file {self._path} for the read model {declared.name}.",
+                cure="Make it by the service's migrations, or by store.create(declared); or correct the path.",
+            )
+        super().open(declared)
+
     def _connect(self) -> Engine:
+        if self._path.is_dir() or not self._path.absolute().parent.is_dir():
+            raise ConfigError(f"{self._path} cannot be a file.", cure="Correct the path, or make its directory.")
         engine = create_engine(
             f"sqlite:///{self._path.absolute()}",
             poolclass=QueuePool,
@@ -80,6 +96,10 @@ class SqliteStore(SqlStore):
 
     def alone(self, _connection: Connection, _what: str) -> None:
         """See `Dialect.alone`: BEGIN IMMEDIATE lets in one at a time."""
+
+    def come_back(self) -> str:
+        """See `Dialect.come_back`."""
+        return "See whether the disk is full, the file may be written, and who else holds it."
 
     def unhurried(self, _connection: Connection) -> None:
         """See `Dialect.unhurried`: nothing hurries them."""
@@ -113,8 +133,10 @@ class SqliteStore(SqlStore):
         # The lower byte says what it is, the others which of these.
         return "moment" if code & 0xFF in _OF_A_MOMENT else "values" if code & 0xFF in _OF_VALUES else "setting"
 
-    def cure(self, _error: BaseException) -> str:
+    def cure(self, error: BaseException) -> str:
         """See `Dialect.cure`."""
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+            return "Correct the path: that file is no database of SQLite's."
         return "Migrate the service's database: its tables are not what the read model declares."
 
     def has_equality(self, _column: Column[Any]) -> bool:

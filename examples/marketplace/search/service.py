@@ -33,7 +33,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 def search(request: Request) -> JSONResponse:
     """How many offers have all of the words, and the first of them by their numbers."""
-    words = request.query_params.get("q", "").strip()
+    # A text of PostgreSQL's has no NUL, so no offer has.
+    words = request.query_params.get("q", "").replace("\0", " ").strip()
     query = select(offers)
     if words:
         query = query.where(offers.c.words.op("@@")(func.websearch_to_tsquery("english", words)))
