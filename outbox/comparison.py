@@ -14,8 +14,9 @@ from pathlib import Path
 
 from outbox.canonical import digest
 from outbox.equality import Equality
+from outbox.errors import ConfigError
 from outbox.kafka.reader import Record
-from outbox.topic_side import SETTINGS, TopicSide, fill
+from outbox.topic_side import NO_TEXT, SETTINGS, TopicSide, fill
 
 KINDS = ("missing", "stale", "orphaned", "undecodable")
 """A key of the source without a live record; one whose record says something else; a live record without a row; a
@@ -91,9 +92,18 @@ class Comparison:
         value = self.equality.value
         made = ((key, None if state is None else value(state), digest(state or b"")) for key, state in rows)
         fill(self._database, "INSERT INTO rows (key, value, bytes) VALUES (?, ?, ?)", made)
-        self._database.executescript(
-            "INSERT OR REPLACE INTO source SELECT key, value, bytes FROM rows ORDER BY key; DELETE FROM rows;"
-        )
+        try:
+            self._database.execute("INSERT INTO source SELECT key, value, bytes FROM rows ORDER BY key")
+        except sqlite3.IntegrityError as error:
+            several = self._database.execute(
+                "SELECT key FROM rows GROUP BY key HAVING count(*) > 1 ORDER BY key LIMIT 3"
+            ).fetchall()
+            raise ConfigError(
+                f"The source has rows of one key: {', '.join(repr(key) for (key,) in several)}. Which of them is meant "
+                "nobody knows.",
+                cure="Let it have one row for each key; outbox backfill start --dry-run counts the others.",
+            ) from error
+        self._database.execute("DELETE FROM rows")
 
     def compare(self, look: int, *, everything: bool) -> None:
         """Compare all keys, or those to be looked at again; which of them are to be looked at once more."""
@@ -128,8 +138,11 @@ class Comparison:
             yield [row[0] for row in rows]
 
     def different(self) -> Iterator[list[str]]:
-        """The keys that differ, some at a time; without those that could not be told."""
-        cursor = self._database.execute("SELECT key FROM found WHERE key NOT IN (SELECT key FROM again) ORDER BY key")
+        """The keys that differ, some at a time; without those that could not be told, and what is no key's text."""
+        cursor = self._database.execute(
+            "SELECT key FROM found WHERE key NOT IN (SELECT key FROM again) AND key NOT LIKE ? ORDER BY key",
+            [f"{NO_TEXT}%"],
+        )
         while rows := cursor.fetchmany(_KEYS_AT_ONCE):
             yield [row[0] for row in rows]
 
@@ -140,7 +153,7 @@ class Comparison:
         for kind, count in self._database.execute(f"SELECT kind, count(*) {settled} GROUP BY kind"):
             setattr(report, kind, count)
             rows = self._database.execute(f"SELECT key {settled} AND kind = ? ORDER BY key LIMIT ?", [kind, _EXAMPLES])
-            report.examples[kind] = [row[0] for row in rows]
+            report.examples[kind] = [row[0].replace(NO_TEXT, "bytes ") for row in rows]
         (report.moving,) = self._database.execute("SELECT count(*) FROM again").fetchone()
         # A key that the topic got after the snapshot was compared with nothing: it is no equal one.
         (report.equal,) = self._database.execute(

@@ -72,7 +72,7 @@ class CaptureError(OutboxError):
 
 
 class ConfigError(OutboxError):
-    """A setting is missing, unknown, or has a value that cannot be used."""
+    """A setting, a source or a request is missing, unknown, or cannot be used."""
 
     exit_code = 78
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -145,6 +146,10 @@ class Relay:
             else:
                 emit(log, "relay.stuck", shard=shard, what=what, error=error.message, cure=error.cure)
             self._waiting_for = (how, what)
+        if how == "stuck" and database:
+            # The server answers, as a rule: a session of the relay's is how outbox status knows that it runs.
+            with suppress(OutboxError):
+                self._shard.connect()
         self._show(f"{how}:{what}")
         self._wake.wait(min(self._config.backoff_max, _FIRST_PAUSE * 2 ** min(self._tries, 20)))
         self._tries += 1

@@ -143,6 +143,13 @@ class Shard:
         if self._hold.give_up(unless_idle=database or keep):
             self._part_size, self._watched = None, False
 
+    def connect(self) -> None:
+        """Connect to the database, if it is not connected."""
+        if not self._database.connected:
+            self._ahead.take()  # what ended the connection is raised, and said
+            self._database.open()
+            self._topics.seen = -1  # it may be another database, with other types under the same version
+
     def close(self) -> None:
         """Abort what is open and give everything but the reader back."""
         self._ahead.close()
@@ -152,10 +159,7 @@ class Shard:
 
     def step(self) -> Step:
         """Do one pass: take the shard if it is not held, else publish the next batch if there is one."""
-        if not self._database.connected:
-            self._ahead.take()  # what ended the connection is raised, and said
-            self._database.open()
-            self._topics.seen = -1  # it may be another database, with other types under the same version
+        self.connect()
         kafka, position = self._hold.kafka, self._hold.position
         if kafka is None or position is None:
             return self._take()

@@ -215,6 +215,16 @@ def look(connection: Connection, name: str, query: str) -> Source:
     return Source(query, found)
 
 
+def check_state(name: str, source: Source) -> None:
+    """Refuse states that would be published as JSON and are none."""
+    there = {column.name: column.type for column in source.columns}
+    if there["state"] not in {"json", "jsonb", "bytea"} and "content_type" not in there:
+        raise ConfigError(
+            f'The state in the source of the entity type "{name}" is {there["state"]}, which is no JSON.',
+            cure="Make it json, jsonb or bytea (to_jsonb(t.*) AS state), or say: 'text/plain' AS content_type.",
+        )
+
+
 def slow_pages(connection: Connection, source: Source) -> str | None:
     """Why each page of a source costs more than the one before, in words; None when an index gives its order.
 

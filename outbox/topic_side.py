@@ -32,6 +32,8 @@ from outbox.sample import Sample
 ROWS_AT_ONCE = 2_000
 SETTINGS = "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; PRAGMA temp_store = FILE;"
 """Of a file that nobody needs after a crash."""
+NO_TEXT = "\0"
+"""What the name of a key begins with that is no text: its bytes follow, as hex. No key of a row has it."""
 # Below so many offsets a process costs more than it saves.
 _WORTH = 50_000
 _LOOK_SECONDS = 0.1
@@ -96,7 +98,12 @@ class TopicSide:
         )
 
     def _of_record(self, record: Record, look: int) -> tuple[object, ...]:
-        key = (record.key or b"").decode(errors="replace")
+        try:
+            key = (record.key or b"").decode()
+        except UnicodeDecodeError:
+            # No row has it; a tombstone of it would have to be written by hand.
+            key = f"{NO_TEXT}{(record.key or b'').hex()}"
+            return key, None, None if record.value is None else digest(record.value), 1, look
         if record.value is None:
             return key, None, None, 1, look
         said = next((value for name, value in record.headers if name == CONTENT_TYPE_HEADER), None)

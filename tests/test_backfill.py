@@ -307,7 +307,8 @@ def test_pause_resume_cancel(owner: Owner) -> None:
     number = str(outbox_json(owner, "start", "customer", "--rate", "500")["request"])
     with owner.relay():
         eventually(lambda: records(owner.kafka, owner.topic))
-        must(owner.env, "backfill", "pause", number)
+        said = orjson.loads(must(owner.env, "backfill", "pause", number, "--json"))
+        assert said == {"request": int(number), "state": "paused"}
         assert outbox_json(owner, "list")[0]["state"] == "paused"
         must(owner.env, "backfill", "resume", number)
         must(owner.env, "backfill", "cancel", number)
@@ -518,6 +519,7 @@ def test_a_replay_without_a_source_publishes_the_last_retained_entry(owner: Owne
     with owner.relay():
         assert outbox_replay(owner, "--id", "1:1")["rows"] == 1
         assert outbox_replay(owner, "--key", "2", "--key", "gone")["not_retained"] == ["gone"]
+        assert outbox_replay(owner, "--key", "2", "--key", "gone", "--dry-run")["not_retained"] == ["gone"]
     found = [((r.key or b"").decode(), orjson.loads(r.value or b"")["v"]) for r in records(owner.kafka, owner.topic)]
     assert sorted(found) == [("1", 2), ("1", 2), ("2", 1), ("2", 1)]
 

@@ -252,6 +252,23 @@ def test_a_time_limit_that_is_not_a_number_is_refused(nowhere: dict[str, str]) -
     refused(nowhere, ("relay", "--until-caught-up", "--timeout", "nan"), 2, "no number of seconds")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("backfill", "start", "x", "--rate", "nan"), "no number of rows"),
+        (("backfill", "start", "x", "--rate", "inf"), "not in the range"),
+        (("backfill", "watch", "99999999999999999999"), "not in the range"),
+        (("replay", "--type", "x", "--id", "210:208"), "ends before it begins"),
+        (("replay", "--type", "x", "--since", "2026-01-02T00:00", "--until", "2026-01-01T00:00"), "later than --until"),
+    ],
+)
+def test_a_number_or_a_range_that_cannot_be_is_refused(
+    nowhere: dict[str, str], arguments: tuple[str, ...], words: str
+) -> None:
+    """Before any server is asked."""
+    refused(nowhere, arguments, 2, words)
+
+
 def test_with_json_an_error_is_json(nowhere: dict[str, str]) -> None:
     """On standard error, with the exit code."""
     done = outbox(nowhere, "types", "list", "--json")
@@ -273,3 +290,8 @@ def test_a_source_whose_order_no_index_gives_is_taken_with_a_warning(outbox_data
     assert changed.returncode == 0, changed.stderr
     assert "warning" not in changed.stderr
     refused(env, ("types", "change", "customer", "--source", "SELECT 1 AS key"), 78, "has the columns key", "state")
+    text = "SELECT id::text AS key, name AS state, id FROM customer"
+    refused(env, ("types", "change", "customer", "--source", text), 78, "is text, which is no JSON", "content_type")
+    said = text.replace("state, id", "state, 'text/plain' AS content_type, id")
+    changed = outbox(env, "types", "change", "customer", "--source", said)
+    assert (changed.returncode, "outbox topics apply" in changed.stdout) == (0, False)

@@ -270,6 +270,12 @@ def test_a_source_that_is_broken_holds_everything_up_and_says_how_to_go_on(owner
         stuck = relay.wait_event("relay.stuck")
         assert f'"{version_2(owner)}" cannot be read' in stuck["error"]
         assert f"outbox topics retire {version_2(owner)}" in stuck["cure"]
+
+        def shown() -> bool:
+            (shard,) = orjson.loads(must(owner.env, "status", "--json"))["shards"]
+            return (shard["state"], shard["on"]) == ("stuck", "database")
+
+        eventually(shown, what="stuck")
         assert "7" not in live(owner.kafka, owner.topic).values
         must(owner.env, "topics", "retire", version_2(owner), "--yes")
         eventually(lambda: "7" in live(owner.kafka, owner.topic).values)

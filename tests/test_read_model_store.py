@@ -22,6 +22,7 @@ from alembic.operations.ops import DropTableOp
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import (
     BigInteger,
+    CheckConstraint,
     Column,
     Date,
     DateTime,
@@ -38,6 +39,7 @@ from sqlalchemy import (
     make_url,
     select,
     text,
+    update,
 )
 
 import outbox.operations
@@ -294,6 +296,29 @@ def test_what_cannot_be_is_refused_where_it_is_declared(declare: Callable[[], ob
     with pytest.raises(ConfigError, match=why) as caught:
         declare()
     assert caught.value.cure
+
+
+@pytest.mark.parametrize("temporary", [True, False])
+def test_many_rows_are_replaced_at_once(open_store: Callable[[Declared], SqlStore], temporary: bool) -> None:
+    """What a mapping does not fill stays; one that is refused is found among them; names may be odd."""
+    odd = Table(
+        'odd "table" 100%', MetaData(), Column("the key", Text, primary_key=True), Column("n%", Integer),
+        Column("note", Text, server_default="as it was"), CheckConstraint('"n%" <> 13'),
+    )  # fmt: skip
+    follow = Follow("t", Columns(odd, {"n%": "n"}, key="the key"))
+    store = open_store(Declared("m", [follow]))
+    if isinstance(store, PostgresStore):
+        store._stages = temporary
+    many = range(1200)
+    put(store, follow, [made(f"k{n}", {"n": n + 100}, 1) for n in many])
+    with store.engine.begin() as connection:
+        connection.execute(update(odd).values(note="mine"))
+    put(store, follow, [made(f"k{n}", {"n": n + 5000}, 2) for n in many])
+    with pytest.raises(RefusedError):
+        put(store, follow, [made(f"k{n}", {"n": n}, 3) for n in many])
+    with store.engine.connect().execution_options(reads=True) as connection:
+        found = connection.execute(select(odd.c["n%"], odd.c.note)).all()
+    assert (sorted(n for n, _ in found), {note for _, note in found}) == ([n + 5000 for n in many], {"mine"})
 
 
 def test_a_value_that_cannot_be_is_said_with_its_column() -> None:

@@ -251,6 +251,35 @@ def test_what_cannot_be_told_is_exit_code_2(owner: Owner, tmp_path: Path) -> Non
     assert (told.returncode, "has no source" in told.stderr) == (2, True)
 
 
+def test_rows_of_one_key_are_no_source_to_compare_with(owner: Owner) -> None:
+    """Which of them is meant nobody knows: neither is equal, and neither is repaired."""
+    source = "SELECT (id % 2000)::text AS key, to_jsonb(c) AS state, id FROM customer c"
+    must(owner.env, "types", "change", "customer", "--source", source)
+    told = outbox(owner.env, "reconcile", "customer", "--repair", "--json")
+    said = orjson.loads(told.stderr)
+    assert (told.returncode, "rows of one key: '1', '10', '100'" in said["error"]) == (2, True), said
+
+
+def test_a_key_that_is_no_text_is_told_and_not_repaired(owner: Owner) -> None:
+    """A tombstone under the text that it looks like would be another key's."""
+    by_hand = Producer({"bootstrap.servers": owner.kafka.bootstrap})
+    by_hand.produce(owner.topic, b"{}", b"\xff\xfe")
+    assert by_hand.flush(30) == 0
+    before = len(records(owner.kafka, owner.topic))
+    for options in ([], ["--repair"]):
+        code, found = reconcile(owner, *options)
+        assert (code, found["examples"], found["equal"]) == (1, {"undecodable": ["bytes fffe"]}, 3000)
+    assert len(records(owner.kafka, owner.topic)) == before
+
+
+def test_what_differs_is_said_with_what_mends_it(owner: Owner) -> None:
+    """And how many there are beyond those that are named."""
+    owner.sql("DELETE FROM customer WHERE id <= 30")
+    told = outbox(owner.env, "reconcile", "customer")
+    assert (told.returncode, "orphaned: and 10 more\n" in told.stdout) == (1, True)
+    assert "outbox reconcile customer --repair" in told.stderr
+
+
 def test_what_is_ended_by_a_signal_leaves_no_files(owner: Owner, tmp_path: Path) -> None:
     """As when a job has run out of its time."""
     owner.running.kill()

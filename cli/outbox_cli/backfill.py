@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,6 +37,19 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 0.5
 
 
+class _Rate(click.FloatRange):
+    """Rows a second; `nan` is none, though no comparison says so."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        rate = super().convert(value, param, ctx)
+        if math.isnan(rate):
+            self.fail(f"{value} is no number of rows.", param, ctx)
+        return rate
+
+
 @click.group("backfill", epilog="Example: outbox backfill start customer --watch")
 def command() -> None:
     """Publish the present state of what a type's source holds."""
@@ -51,7 +65,7 @@ def command() -> None:
     metavar="KEY",
     help="Only this entity, or several: --key a --key b; gone ones get a tombstone.",
 )
-@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Rows a second at the most.")
+@click.option("--rate", type=_Rate(0, min_open=True, max=1e9), help="Rows a second at the most.")
 @click.option(
     "--to-topic",
     metavar="TOPIC",
@@ -117,6 +131,8 @@ def start(
                 connection, config.schema, entity_type, shards=shards, where=where, rate=of_each, total=total
             )
         if not watch:
+            if not status.running(connection, name):
+                click.echo(f"No relay of {name} runs: it begins when one does (outbox relay).", err=True)
             if as_json:
                 print_json({"request": number, "rows": total})
             else:
@@ -254,7 +270,7 @@ def _as_json(asked: Asked, done: Progress, shards: int) -> dict[str, object]:
     }
 
 
-_NUMBER = click.argument("number", metavar="REQUEST", type=click.IntRange(1))
+_NUMBER = click.argument("number", metavar="REQUEST", type=click.IntRange(1, 2**63 - 1))
 
 
 def _change(settings: Settings, number: int, *, paused: bool | None) -> None:
@@ -274,29 +290,39 @@ def _change(settings: Settings, number: int, *, paused: bool | None) -> None:
 
 @command.command(epilog="Example: outbox backfill pause 7")
 @_NUMBER
+@json_option
 @with_settings
-def pause(settings: Settings, number: int) -> None:
+def pause(settings: Settings, number: int, as_json: bool) -> None:
     """Let a backfill wait; what it has published stays, and live changes flow on."""
     _change(settings, number, paused=True)
-    click.echo(f"Backfill {number} waits. Go on: outbox backfill resume {number}")
+    _tell(number, "paused", f"Backfill {number} waits. Go on: outbox backfill resume {number}", as_json)
 
 
 @command.command(epilog="Example: outbox backfill resume 7")
 @_NUMBER
+@json_option
 @with_settings
-def resume(settings: Settings, number: int) -> None:
+def resume(settings: Settings, number: int, as_json: bool) -> None:
     """Let a backfill go on where it was."""
     _change(settings, number, paused=False)
-    click.echo(f"Backfill {number} goes on. See: outbox backfill watch {number}")
+    _tell(number, "running", f"Backfill {number} goes on. See: outbox backfill watch {number}", as_json)
 
 
 @command.command(epilog="Example: outbox backfill cancel 7")
 @_NUMBER
+@json_option
 @with_settings
-def cancel(settings: Settings, number: int) -> None:
+def cancel(settings: Settings, number: int, as_json: bool) -> None:
     """End a backfill for good; what it has published stays."""
     _change(settings, number, paused=None)
-    click.echo(f"Backfill {number} is cancelled.")
+    _tell(number, "cancelled", f"Backfill {number} is cancelled.", as_json)
+
+
+def _tell(number: int, state: str, sentence: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"request": number, "state": state})
+    else:
+        click.echo(sentence)
 
 
 @command.command(epilog="Example: outbox backfill watch 7")

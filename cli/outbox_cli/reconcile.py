@@ -105,7 +105,15 @@ def command(
             f"What is compared cannot be kept: {error}.",
             cure="It needs some 400 bytes a key in the directory that TMPDIR names.",
         ) from error
-    _conclude(report, as_json=as_json, sampled=sample is not None)
+    if app is not None:
+        mend = f"Make it anew: outbox read-model rebuild --app {app}; or see: outbox read-model parked --app {app}."
+    elif repair:
+        mend = (
+            "What the relay could not publish is among the dead letters, or is a key's bytes: outbox dead-letters list."
+        )
+    else:
+        mend = f"Mend it: outbox reconcile {type_name} --repair."
+    _conclude(report, as_json=as_json, sampled=sample is not None, mend=mend)
 
 
 def _of_source(settings: Settings, type_name: str, *, repair: bool, timeout: float, sample: int | None) -> Report:
@@ -140,9 +148,9 @@ def _of_source(settings: Settings, type_name: str, *, repair: bool, timeout: flo
         return report
 
 
-def _conclude(report: Report, *, as_json: bool, sampled: bool) -> None:
+def _conclude(report: Report, *, as_json: bool, sampled: bool, mend: str) -> None:
     """Show what was found; the exit code says it, too."""
-    _show(report, as_json=as_json, sampled=sampled)
+    _show(report, as_json=as_json, sampled=sampled, mend=mend)
     if report.different:
         fail(DIFFERENT)
     if report.moving:
@@ -197,7 +205,7 @@ def _told() -> Callable[[str, int, int | None], None]:
     return tell
 
 
-def _show(report: Report, *, as_json: bool, sampled: bool) -> None:
+def _show(report: Report, *, as_json: bool, sampled: bool, mend: str) -> None:
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", nl=False, err=True)
     from outbox.comparison import KINDS
@@ -215,3 +223,7 @@ def _show(report: Report, *, as_json: bool, sampled: bool) -> None:
     for kind, keys in report.examples.items():
         for key in keys:
             click.echo(f"{kind}: {printable(key)}")
+        if (more := counts[kind] - len(keys)) > 0:
+            click.echo(f"{kind}: and {more:,} more")
+    if report.different:
+        click.echo(mend, err=True)

@@ -20,10 +20,12 @@ from outbox_cli.settings import (
     ENTITY_TYPE,
     Seconds,
     Settings,
+    fail,
     find_type,
     json_option,
     outbox_row,
     print_json,
+    printable,
     with_settings,
 )
 
@@ -40,6 +42,8 @@ class _Ids(click.ParamType[tuple[int | None, int | None]]):
         first, colon, last = str(value).partition(":")
         if not colon or not all(part == "" or part.isdigit() for part in (first, last)) or not (first or last):
             self.fail(f"{value} is no range of ids; write 100:200, 100: or :200.", param, ctx)
+        if first and last and int(first) > int(last):
+            self.fail(f"{value} ends before it begins.", param, ctx)
         return (int(first) if first else None), (int(last) if last else None)
 
 
@@ -93,8 +97,11 @@ def command(
 ) -> None:
     """Publish the chosen keys again, as they are now; the relay does it, and never puts an older state over a newer.
 
-    From the type's source or, without one, each key's last retained entry.
+    From the type's source or, without one, each key's last retained entry. A time without a zone is this machine's.
+    Exit 1 when rows were refused.
     """
+    if since is not None and until is not None and since > until:
+        raise click.UsageError("--since is later than --until.")
     first, last = ids or (None, None)
     selected = replay.Selected(type_name, keys or None, since, until, first, last)
     by_key = bool(keys) and not (since or until or ids)
@@ -120,11 +127,15 @@ def command(
             click.echo(f"Entries up to {retained.removed_id} are not retained any more.", err=True)
         total = len(set(keys)) if by_key else retained.keys
         if dry_run:
+            if not by_key and wanted:
+                with replay.keys(connection, schema, selected) as chosen:
+                    gone = sorted(wanted - {key for key, _ in chosen})
             _tell({"entries": retained.entries, "keys": total}, gone, as_json)
             return
         if history:
             done.update(_history(settings, connection, entity_type, to_topic, selected, timeout))
             _tell({"entries": retained.entries, **done}, gone, as_json)
+            _end(type_name, done)
             return
         with ExitStack() as stack:
             asked: Iterable[dict[str, Any]]
@@ -143,6 +154,14 @@ def command(
                 bar.update(len(arguments["keys"]))
     # Keys that were named, and that no retained entry has.
     _tell({"entries": retained.entries, **done}, [*gone, *sorted(wanted)], as_json)
+    _end(type_name, done)
+
+
+def _end(type_name: str, done: Mapping[str, int]) -> None:
+    """End with exit code 1 when rows were refused."""
+    if done.get("refused"):
+        click.echo(f"See which and why: outbox dead-letters list --type {type_name}", err=True)
+        fail(1)
 
 
 def _check_history(entity_type: EntityType, to_topic: str | None, until: datetime | None, last: int | None) -> None:
@@ -221,4 +240,4 @@ def _tell(counts: Mapping[str, int], gone: list[str], as_json: bool) -> None:
         return
     click.echo(", ".join(f"{word}: {count:,}" for word, count in counts.items()))
     for key in gone:
-        click.echo(f"no longer retained: {key}; have the service write it again", err=True)
+        click.echo(f"no entry of it is retained: {printable(key)}; have the service write it again", err=True)

@@ -210,7 +210,8 @@ def change(
     if as_json:
         print_json({"changed": row[0], "topic": row[1]})
     else:
-        click.echo(f"Changed {type_name}. Bring the topic in line: outbox topics apply.")
+        then = " Bring the topic in line: outbox topics apply." if extra or topic or max_bytes else ""
+        click.echo(f"Changed {type_name}.{then}")
 
 
 @command.command(epilog="Example: outbox types remove customer --yes")
@@ -289,7 +290,9 @@ def _check_source(connection: Connection, name: str, query: str | None) -> None:
     from outbox import source
 
     if query is not None:
-        why = source.slow_pages(connection, source.look(connection, name, query))
+        found = source.look(connection, name, query)
+        source.check_state(name, found)
+        why = source.slow_pages(connection, found)
         if why is not None:
             click.echo(
                 f"warning: a backfill of {name} will be slow: {why}. Add the columns that the key is made of to the "

@@ -42,6 +42,13 @@ class Dialect:
         """Insert rows of keys that are not there."""
         connection.execute(self.insert(table), [dict(zip(names, row, strict=True)) for row in rows])
 
+    def upsert_rows(
+        self, connection: Connection, table: Table, names: Sequence[str], key: str, rows: Sequence[Row]
+    ) -> None:
+        """Insert rows, or replace those with their keys, of which some are there."""
+        values = [dict(zip(names, row, strict=True)) for row in rows]
+        connection.execute(self.upsert(table, names, [key]), values)
+
     def blame(self, error: BaseException) -> Blame:
         """What the driver's error is about."""
         raise NotImplementedError

@@ -40,6 +40,9 @@ from outbox.read_model.sql import SqlStore
 
 # From so many rows on COPY is faster than INSERT.
 _COPY_FROM = 32
+# And from so many on that are to be replaced, COPY into a table of the transaction's own is.
+_STAGE_FROM = 500
+_STAGE = "outbox_read_model_stage"
 # SQLSTATEs, or their beginnings. Of the moment: connections, resources (a full disk), an operator, a transaction that
 # is rolled back, a lock, a server that became a standby.
 _OF_A_MOMENT = ("08", "25006", "25P03", "40", "53", "55P03", "57")
@@ -85,6 +88,7 @@ class PostgresStore(SqlStore):
                 cure=f"Let it be {_LEAST_SECONDS:g} to {_MOST_SECONDS:,.0f}; {_SECONDS:g} is the default.",
             )
         self._seconds = seconds
+        self._stages: bool | None = None
 
     def _connect(self) -> Engine:
         most = round(self._seconds * 1000)
@@ -155,18 +159,49 @@ class PostgresStore(SqlStore):
         if len(rows) < _COPY_FROM:
             super().insert_rows(connection, table, names, rows)
             return
+        self._copy(connection, _plain(connection.dialect.identifier_preparer.format_table(table)), table, names, rows)
+
+    def upsert_rows(
+        self, connection: Connection, table: Table, names: Sequence[str], key: str, rows: Sequence[Row]
+    ) -> None:
+        """See `Dialect.upsert_rows`: many go into a table of the transaction's own first."""
+        if len(rows) < _STAGE_FROM or not self._may_stage(connection):
+            super().upsert_rows(connection, table, names, key, rows)
+            return
+        prepare = connection.dialect.identifier_preparer
+        target, columns = _plain(prepare.format_table(table)), ", ".join(_plain(prepare.quote(name)) for name in names)
+        replaced = [
+            f"{_plain(prepare.quote(name))} = excluded.{_plain(prepare.quote(name))}" for name in names if name != key
+        ]
+        then = f"UPDATE SET {', '.join(replaced)}" if replaced else "NOTHING"
+        merge = f"INSERT INTO {target} ({columns}) SELECT {columns} FROM pg_temp.{_STAGE}"
+        conflict = f"ON CONFLICT ({_plain(prepare.quote(key))}) DO {then}"
+
+        def run(statement: str) -> None:
+            connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+
+        run(f"CREATE TEMPORARY TABLE {_STAGE} ON COMMIT DROP AS SELECT {columns} FROM {target} WITH NO DATA")
+        self._copy(connection, f"pg_temp.{_STAGE}", table, names, rows)
+        run(f"{merge} {conflict}")
+        run(f"DROP TABLE pg_temp.{_STAGE}")
+
+    def _may_stage(self, connection: Connection) -> bool:
+        """Whether the role may make temporary tables: as a rule everybody may."""
+        if self._stages is None:
+            asked = text("SELECT has_database_privilege(current_database(), 'TEMPORARY')")
+            self._stages = bool(connection.execute(asked).scalar())
+        return self._stages
+
+    def _copy(self, connection: Connection, into: str, table: Table, names: Sequence[str], rows: Sequence[Row]) -> None:
+        """COPY rows, as the table's types have them, into what is named so."""
         dialect = connection.dialect
         processors = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names]
-        prepare = dialect.identifier_preparer
-        columns = ", ".join(prepare.quote(name) for name in names)
+        columns = ", ".join(_plain(dialect.identifier_preparer.quote(name)) for name in names)
         driver = connection.connection.driver_connection
         if not isinstance(driver, psycopg.Connection):
             raise TypeError("the engine's driver is not psycopg")
         try:
-            with (
-                driver.cursor() as cursor,
-                cursor.copy(f"COPY {prepare.format_table(table)} ({columns}) FROM STDIN".encode()) as copy,
-            ):
+            with driver.cursor() as cursor, cursor.copy(f"COPY {into} ({columns}) FROM STDIN".encode()) as copy:
                 for row in rows:
                     copy.write_row(
                         [value if made is None else made(value) for made, value in zip(processors, row, strict=True)]
@@ -197,3 +232,8 @@ class PostgresStore(SqlStore):
         """See `Dialect.has_equality`."""
         kind = column.type.dialect_impl(self.engine.dialect)
         return not isinstance(kind, types.JSON) or isinstance(kind, postgresql.JSONB)
+
+
+def _plain(quoted: str) -> str:
+    """A quoted name for a statement without parameters: SQLAlchemy doubles the percent signs for those with some."""
+    return quoted.replace("%%", "%")

@@ -143,8 +143,8 @@ class SqlTransaction:
             rows = [(change.key in known, make(change, held[change.key])) for change in changes]
             if new := [row for there, row in rows if not there]:
                 self._dialect.insert_rows(self._connection, table, names, new)
-            if old := [dict(zip(names, row, strict=True)) for there, row in rows if there]:
-                self._connection.execute(self._dialect.upsert(table, names, [_key_name(into)]), old)
+            if old := [row for there, row in rows if there]:
+                self._dialect.upsert_rows(self._connection, table, names, _key_name(into), old)
             if not _keeps_ids(into):
                 self._remember(follow, changes, held)
             elif again := [change.key for change in changes if change.key in known]:
