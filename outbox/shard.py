@@ -37,7 +37,7 @@ from outbox.topic_watch import TopicWatch
 log = logging.getLogger("outbox.relay")
 
 # What a backfill adds to the latency of live changes, about; and its pages while there are none.
-_PAGE_SECONDS, _QUIET_PAGE_SECONDS = 0.008, 0.15
+_PAGE_SECONDS, _QUIET_PAGE_SECONDS = 0.005, 0.15
 
 
 class Did(enum.Enum):
