@@ -147,6 +147,10 @@ class Subscription:
                     # A new partition holds keys that another one had.
                     "topic.metadata.refresh.interval.ms": "10000",
                     "session.timeout.ms": "10000",
+                    # What is fetched ahead: a few batches. With the client's 64 MB, and 100,000 messages of each
+                    # partition, its own bookkeeping took some hundred MB more.
+                    "queued.min.messages": "20000",
+                    "queued.max.messages.kbytes": "16384",
                     **passthrough,
                     **named,
                 },
