@@ -53,7 +53,7 @@ test: setup ## run every check and every test, in order, up to the first failure
 	$(VENV)/ruff check
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	$(VENV)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/pytest -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: setup ## inject hundreds of faults on real servers and judge the topics (half an hour; ARGS="killed --times 2")
 	@PYTHONPATH=tests:examples $(VENV)/python -m faults $(ARGS)
