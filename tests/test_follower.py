@@ -334,16 +334,17 @@ def test_states_of_a_source_that_do_not_fit_cut_the_batch(owner: Owner) -> None:
 def test_a_batch_that_ends_early_is_looked_up_in_its_own_snapshot(owner: Owner, postgres: Postgres) -> None:
     """Small states become large in a backlog: the query is given up, and what reads the source goes on after it.
 
-    So it is for a relay that starts within a cut, and knows of no size yet.
+    So it is for a relay that starts within a cut, and knows of no size yet. There is more than the buffers between the
+    server and the client hold: otherwise it may have sent all of it before it is told to stop.
     """
     with psycopg.connect(owner.url, autocommit=True) as connection:
         follower.follow(connection, "outbox", read_types(connection, "outbox")[0], "second", source=SHAPE)
     owner.sql(
         "SELECT outbox.put('customer', n::text, jsonb_build_object('x', repeat('y', size)))"
-        " FROM generate_series(1, 900) n, LATERAL (SELECT CASE WHEN n <= 300 THEN 9 ELSE 9000 END AS size) s",
+        " FROM generate_series(1, 900) n, LATERAL (SELECT CASE WHEN n <= 300 THEN 9 ELSE 60000 END AS size) s",
     )
     logged = postgres.log.stat().st_size
-    config = Config(database_url=owner.url, batch_bytes=500_000)
+    config = Config(database_url=owner.url, batch_bytes=2_000_000)
     ids: list[int] = []
     with closing(Reader(config, shard=0)) as reader:
         identity = reader.open()
