@@ -1,5 +1,5 @@
 # Needs Python 3.11+, Java 17+ and Maven; everything is installed into .venv/ and .stack/ of this checkout.
-# `make test ARGS="-k relay -x"` passes arguments to pytest, which runs in three processes, each with servers of its own
+# `make test ARGS="-k relay -x"` passes arguments to pytest, which runs in two processes, each with servers of its own
 # (`-n 0`: in one); `make PYTHON=python3.13 setup` chooses the Python.
 
 PYTHON ?= python3
@@ -53,7 +53,7 @@ test: setup ## run every check and every test, in order, up to the first failure
 	$(VENV)/ruff check
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	$(VENV)/pytest -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/pytest -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: setup ## inject hundreds of faults on real servers and judge the topics (half an hour; ARGS="killed --times 2")
 	@PYTHONPATH=tests:examples $(VENV)/python -m faults $(ARGS)
