@@ -42,6 +42,8 @@ _DEAD = {
 
 # How long leaving a group may take.
 _CLOSE_SECONDS = 10.0
+# How long the client is waited for to tell that its places are not its own any more, before it joins again.
+_LEAVE_SECONDS = 2.0
 
 _STORE = "the store says from where reading goes on"
 _ASSIGNED = "partitions are assigned by hand, all at once, which other protocols do not allow"
@@ -233,11 +235,14 @@ class Subscription:
     def rejoin(self) -> None:
         """Leave the group and join it again: it says anew which places are this member's."""
         with self._translated():
+            self._given = None
             self._consumer.unsubscribe()
             self._next.clear()
             # The client takes note that it left: one that is closed before that aborts the whole process.
-            if (message := self._consumer.poll(0)) is not None:
-                self._take([message], Fetched())
+            until = time.monotonic() + _LEAVE_SECONDS
+            while self._given is None and time.monotonic() < until:
+                if (message := self._consumer.poll(0.02)) is not None:
+                    self._take([message], Fetched())
             self._given = None
             self._subscribe()
 

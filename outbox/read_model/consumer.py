@@ -6,6 +6,7 @@ import datetime as dt
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -14,7 +15,7 @@ from outbox.kafka.admin import Admin
 from outbox.kafka.subscription import Bounds, Place, Subscription, check_passthrough
 from outbox.read_model.applier import Applied, Applier, GapError, LostPlacesError
 from outbox.read_model.currency import Currency
-from outbox.read_model.declared import Declared, Function
+from outbox.read_model.declared import Declared, Follow, Function
 from outbox.read_model.store import BadBuildError, Claim, Facts, Store
 from outbox.telemetry import emit
 
@@ -133,9 +134,13 @@ class Consumer:
     def _held(self) -> str | None:
         """A table that has rows; not of functions, which may share theirs with the rest of the service."""
         for follow in self._declared.follows:
-            if not isinstance(follow.into, Function) and next(iter(self._store.rows(follow)), None) is not None:
+            if not isinstance(follow.into, Function) and self._has_rows(follow):
                 return follow.into.table.fullname
         return None
+
+    def _has_rows(self, follow: Follow) -> bool:
+        with closing(self._store.rows(follow)) as rows:
+            return next(rows, None) is not None
 
     def _asked(self, facts: Facts) -> None:
         """Take note of a rebuild that is asked for, if it is by this mapping: another one is another process's."""
@@ -319,7 +324,7 @@ class Consumer:
     def check_useful(self) -> None:
         """Refuse a copy of which a mapping has parked everything: `BadBuildError`."""
         for follow in self._declared.follows:
-            if isinstance(follow.into, Function) or next(iter(self._store.rows(follow)), None) is not None:
+            if isinstance(follow.into, Function) or self._has_rows(follow):
                 continue
             with self._store.transaction(reads=True) as transaction:
                 parked, count = transaction.parked(follow.topic, limit=1), transaction.parked_count(follow.topic)

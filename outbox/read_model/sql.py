@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
@@ -346,7 +346,7 @@ class SqlStore(Dialect):
 
     # -- for reconcile -----------------------------------------------------------------------------------------
 
-    def rows(self, follow: Follow) -> Iterator[tuple[str, Mapping[str, object]]]:
+    def rows(self, follow: Follow) -> Generator[tuple[str, Mapping[str, object]]]:
         """See `Store.rows`."""
         into = follow.into
         if isinstance(into, Function):
@@ -357,5 +357,7 @@ class SqlStore(Dialect):
         names = list(into.columns)
         with self.translated(), self.engine.connect().execution_options(reads=True) as connection:
             query = select(*(into.table.c[name] for name in names))
-            for row in connection.execution_options(yield_per=2000).execute(query):
-                yield str(row[0]), dict(zip(names, row, strict=True))
+            # Closed also where nobody reads it to its end.
+            with connection.execution_options(yield_per=2000).execute(query) as found:
+                for row in found:
+                    yield str(row[0]), dict(zip(names, row, strict=True))

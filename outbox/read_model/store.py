@@ -8,7 +8,7 @@ partition has an epoch: `claim` raises it, and `advance` goes on only with the o
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, Protocol
 
@@ -199,5 +199,5 @@ class Store(Protocol):
     def end_build(self) -> None:
         """Remove the copies, and the books of the new build, if it is this store's own."""
 
-    def rows(self, follow: Follow) -> Iterator[tuple[str, Mapping[str, object]]]:
+    def rows(self, follow: Follow) -> Generator[tuple[str, Mapping[str, object]]]:
         """The rows of a copy or of columns, each with its entity's key: for `reconcile`."""
