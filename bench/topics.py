@@ -15,6 +15,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from bench.measure import wait_for
 from devstack.processes import ServerError
+from outbox.kafka.client import list_offsets
 
 PARTITIONS = 8
 # confluent_kafka gives these no types.
@@ -24,13 +25,6 @@ _LOOK_SECONDS = 0.025
 _ANSWER_SECONDS = 30.0
 _QUIET_SECONDS = 1.5
 # The controller has made a topic, and the broker is about to lead it.
-_UNSETTLED = {
-    KafkaError.LEADER_NOT_AVAILABLE,
-    KafkaError.NOT_LEADER_FOR_PARTITION,
-    KafkaError.UNKNOWN_LEADER_EPOCH,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-}
-
 Offsets = Mapping[int, int]
 """Of each partition the offset below which everything is committed."""
 
@@ -69,14 +63,8 @@ class Topics:
     ) -> Offsets:
         asked = {TopicPartition(name, partition): _LATEST for partition in partitions}
         deadline = time.monotonic() + _ANSWER_SECONDS
-        while True:
-            futures = self._admin.list_offsets(asked, isolation_level=isolation, request_timeout=_ANSWER_SECONDS)
-            try:
-                return {found.partition: future.result().offset for found, future in futures.items()}
-            except KafkaException as exception:
-                if exception.args[0].code() not in _UNSETTLED or time.monotonic() > deadline:
-                    raise
-            time.sleep(_LOOK_SECONDS)
+        futures = list_offsets(self._admin, asked, isolation, there=True, deadline=deadline)
+        return {found.partition: future.result().offset for found, future in futures.items()}
 
     def watch(
         self,

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -560,23 +560,28 @@ def applied_in(make_database: Callable[..., str]) -> str:
 
 
 @contextmanager
-def writing_to(topic: Topic, *, entry_id: int | None = None) -> Iterator[None]:
-    """Somebody writes: keys of one message each, and a few hot ones."""
+def writing(write: Callable[[int], object]) -> Iterator[None]:
+    """Somebody writes, again and again; given how often before."""
     over = threading.Event()
 
-    def write() -> None:
+    def go_on() -> None:
         n = 0
         while not over.wait(0.002):
-            topic.write({f"k{n}": {"n": n}, f"hot{n % 5}": {"n": n}}, entry_id=entry_id)
+            write(n)
             n += 1
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=go_on)
     writer.start()
     try:
         yield
     finally:
         over.set()
         writer.join()
+
+
+def writing_to(topic: Topic, *, entry_id: int | None = None) -> AbstractContextManager[None]:
+    """Somebody writes: keys of one message each, and a few hot ones."""
+    return writing(lambda n: topic.write({f"k{n}": {"n": n}, f"hot{n % 5}": {"n": n}}, entry_id=entry_id))
 
 
 def catch_up(url: str, topic: Topic) -> None:
@@ -855,24 +860,9 @@ def test_a_new_version_takes_over_from_the_old_one_that_runs(make_store: Callabl
         }
 
 
-@contextmanager
-def writing_prices(topic: Topic) -> Iterator[None]:
+def writing_prices(topic: Topic) -> AbstractContextManager[None]:
     """Somebody writes names and prices."""
-    over = threading.Event()
-
-    def write() -> None:
-        n = 0
-        while not over.wait(0.002):
-            topic.write({f"k{n % 300}": {"name": f"later{n}", "price": n}})
-            n += 1
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        yield
-    finally:
-        over.set()
-        writer.join()
+    return writing(lambda n: topic.write({f"k{n % 300}": {"name": f"later{n}", "price": n}}))
 
 
 def test_a_member_that_joins_again_and_ends_at_once_ends(topic: Topic) -> None:

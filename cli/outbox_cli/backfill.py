@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +19,7 @@ from outbox.requests import Asked
 from outbox.schema import quote
 from outbox_cli.settings import (
     ENTITY_TYPE,
+    Rate,
     Settings,
     fail,
     find_type,
@@ -37,19 +37,6 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 0.5
 
 
-class _Rate(click.FloatRange):
-    """Rows a second; `nan` is none, though no comparison says so."""
-
-    name = "rate"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number."""
-        rate = super().convert(value, param, ctx)
-        if math.isnan(rate):
-            self.fail(f"{value} is no number of rows.", param, ctx)
-        return rate
-
-
 @click.group("backfill", epilog="Example: outbox backfill start customer --watch")
 def command() -> None:
     """Publish the present state of what a type's source holds."""
@@ -65,7 +52,7 @@ def command() -> None:
     metavar="KEY",
     help="Only this entity, or several: --key a --key b; gone ones get a tombstone.",
 )
-@click.option("--rate", type=_Rate(0, min_open=True, max=1e9), help="Rows a second at the most.")
+@click.option("--rate", type=Rate(0, min_open=True, max=1e9), help="Rows a second at the most.")
 @click.option(
     "--to-topic",
     metavar="TOPIC",

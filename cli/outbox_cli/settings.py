@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import click
 import orjson
@@ -30,15 +30,30 @@ _GLOBAL = (
 )
 
 
-class Seconds(click.FloatRange):
-    """A number of seconds within bounds; `nan` is none, though no comparison says so."""
+class Number(click.FloatRange):
+    """A number within bounds; `nan` is none, though no comparison says so."""
+
+    of: ClassVar[str]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The number."""
-        seconds = super().convert(value, param, ctx)
-        if math.isnan(seconds):
-            self.fail(f"{value} is no number of seconds.", param, ctx)
-        return seconds
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is no number of {self.of}.", param, ctx)
+        return number
+
+
+class Seconds(Number):
+    """A number of seconds."""
+
+    of = "seconds"
+
+
+class Rate(Number):
+    """Rows a second."""
+
+    name = "rate"
+    of = "rows"
 
 
 def global_options(function: F) -> F:

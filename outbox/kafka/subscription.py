@@ -7,7 +7,6 @@ aborted transactions, which no consumer ever receives.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,8 +39,6 @@ _DEAD = {
     KafkaError.FENCED_INSTANCE_ID,
 }
 
-# How long leaving a group may take.
-_CLOSE_SECONDS = 10.0
 # How long the client is waited for to tell that its places are not its own any more, before it joins again.
 _LEAVE_SECONDS = 2.0
 
@@ -185,23 +182,8 @@ class Subscription:
         self.close()
 
     def close(self) -> None:
-        """Leave the group; the others get the partitions at once.
-
-        Between leaving and joining again the client was seen to wait for ever for an answer: it is waited for so
-        long at the most, and the group finds out by the session's end.
-        """
-
-        def close() -> None:
-            try:
-                self._consumer.close()
-            except (KafkaException, RuntimeError) as error:  # closed already
-                log.debug("%s", error)
-
-        closing = threading.Thread(target=close, name="outbox-subscription-close", daemon=True)
-        closing.start()
-        closing.join(_CLOSE_SECONDS)
-        if closing.is_alive():
-            log.warning("the Kafka client of the group %s does not end: it is left", self._group)
+        """Leave the group; the others get the partitions at once."""
+        self._consumer.close()
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # From where is not known yet: nothing is fetched until `begin`.
